@@ -1,0 +1,193 @@
+"""What to build, parsed once: which instances on which devices, which model, how much memory.
+
+Everything here is a frozen value without JAX in it. Errors are ConfigError and say what to change.
+The mesh grammar (``--mesh``):
+
+    MESH     = INSTANCES ("+" INSTANCES)*          prefill+decode
+    INSTANCES = [COUNT "x"] ROLE [":" AXES]        2xprefill:model=1
+    ROLE     = "prefill" | "decode" | "colocated"
+    AXES     = SIZE | "model=" SIZE                decode:2  is short for  decode:model=2
+
+Instances take devices in the order they are written, each as many as its axes multiply to.
+"""
+
+import dataclasses
+import enum
+import re
+from pathlib import Path
+
+from jmemserve.errors import ConfigError
+
+MAX_INSTANCES = 1024
+
+
+class Role(enum.Enum):
+    """What the router prefers an instance to do. Any instance can catch up any sequence."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"
+
+    @property
+    def prefills(self) -> bool:
+        return self is not Role.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        return self is not Role.PREFILL
+
+
+class LoadFormat(enum.Enum):
+    """Where the weights come from."""
+
+    AUTO = "auto"  # by what the model folder holds
+    SAFETENSORS = "safetensors"
+    ORBAX = "orbax"
+    DUMMY = "dummy"  # random, from the seed: for benchmarks
+
+
+class Warmup(enum.Enum):
+    """What is compiled before the server says it is ready."""
+
+    FULL = "full"  # every shape: nothing is compiled afterwards
+    FAST = "fast"  # the largest decode and prefill shapes only; others are never used
+    NONE = "none"  # nothing: each shape is compiled when first met (for debugging)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """One model on one device mesh."""
+
+    name: str  # role and number, for example "prefill0"; unique in the cluster
+    role: Role
+    model_axis: int  # size of the mesh axis "model": tensor parallelism
+    first_device: int  # its devices are first_device .. first_device + model_axis - 1
+
+    @property
+    def device_indices(self) -> range:
+        return range(self.first_device, self.first_device + self.model_axis)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How every instance of a cluster is built. Names are those of the command line (and vLLM's, where it has one)."""
+
+    model: str = "demo"  # "demo", a Hugging Face folder, or a folder written by jmemserve.convert
+    load_format: LoadFormat = LoadFormat.AUTO
+    dtype: str = "auto"  # auto, float32, bfloat16
+    seed: int = 0  # of dummy weights, and of requests that name none
+    max_model_len: int | None = None  # tokens, prompt and output together; None: what the checkpoint allows
+    block_size: int = 16  # tokens per block
+    memory_utilization: float | None = None  # share of device memory for weights and KV together
+    kv_cache_tokens: int | None = None  # size of the KV pool instead; at most one of the two
+    host_memory_gb: float = 0.0  # DRAM tier of the pool
+    max_num_seqs: int = 16  # sequences in one step
+    max_num_batched_tokens: int = 512  # new tokens in one step
+    max_queue: int = 1024  # requests waiting in the whole cluster before new ones are refused
+    warmup: Warmup = Warmup.FULL
+    compilation_cache_dir: str | None = None  # None: off
+
+    def __post_init__(self) -> None:
+        def need(good: bool, sentence: str) -> None:
+            if not good:
+                raise ConfigError(sentence)
+
+        need(self.dtype in ("auto", "float32", "bfloat16"), f"--dtype must be auto, float32 or bfloat16, not {self.dtype!r}")
+        size = self.block_size
+        need(1 <= size <= 256 and size & (size - 1) == 0, f"--block-size must be a power of two up to 256, not {size}")
+        for flag in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
+            value = getattr(self, flag)
+            need(1 <= value <= 1 << 20, f"--{flag.replace('_', '-')} must be from 1 to {1 << 20}, not {value}")
+        need(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least --max-num-seqs "
+            f"({self.max_num_seqs}): every running sequence gets a token per step",
+        )
+        need(
+            self.max_model_len is None or self.max_model_len >= 2,
+            f"--max-model-len must be at least 2, not {self.max_model_len}",
+        )
+        need(
+            self.memory_utilization is None or self.kv_cache_tokens is None,
+            "give --memory-utilization or --kv-cache-tokens, not both",
+        )
+        need(
+            self.memory_utilization is None or 0 < self.memory_utilization <= 1,
+            f"--memory-utilization must be above 0 and at most 1, not {self.memory_utilization}",
+        )
+        need(
+            self.kv_cache_tokens is None or self.kv_cache_tokens >= 2 * size,
+            f"--kv-cache-tokens must be at least two blocks ({2 * size} tokens), not {self.kv_cache_tokens}",
+        )
+        need(
+            self.host_memory_gb == 0,
+            f"--host-memory-gb must be 0, not {self.host_memory_gb:g}: this version keeps KV in device memory only",
+        )
+        need(0 <= self.seed < 2**63, f"--seed must be from 0 to 2**63 - 1, not {self.seed}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClusterSpec:
+    """Every instance of a deployment, all in one process."""
+
+    instances: tuple[InstanceSpec, ...]
+    engine: EngineConfig = EngineConfig()
+
+    @property
+    def num_devices(self) -> int:
+        return sum(spec.model_axis for spec in self.instances)
+
+
+_PART = re.compile(r"(?:(?P<count>\d+)x)?(?P<role>[a-z]+)(?::(?P<axes>.*))?", re.DOTALL)
+
+
+def parse_mesh(text: str) -> tuple[InstanceSpec, ...]:
+    """Parse the mesh grammar above. Raises ConfigError that names the part it cannot read."""
+    specs: list[InstanceSpec] = []
+    numbers: dict[Role, int] = {}
+    device = 0
+    for part in text.replace(" ", "").split("+"):
+        match = _PART.fullmatch(part)
+        if match is None:
+            raise ConfigError(
+                f"--mesh {text!r}: cannot read {part!r}; write [COUNTx]ROLE[:model=SIZE], for example 2xprefill:model=1+decode:2"
+            )
+        try:
+            role = Role(match["role"])
+        except ValueError:
+            roles = ", ".join(role.value for role in Role)
+            raise ConfigError(f"--mesh {text!r}: {match['role']!r} is no role; the roles are {roles}") from None
+        count = int(match["count"] or 1)
+        if not 1 <= count <= MAX_INSTANCES - len(specs):
+            raise ConfigError(f"--mesh {text!r}: from 1 to {MAX_INSTANCES} instances are possible, not {part!r}")
+        size = _parse_axes(text, match["axes"])
+        for _ in range(count):
+            number = numbers.get(role, 0)
+            numbers[role] = number + 1
+            specs.append(InstanceSpec(f"{role.value}{number}", role, size, device))
+            device += size
+    if not any(spec.role.prefills for spec in specs):
+        raise ConfigError(f"--mesh {text!r}: nothing can prefill; add a prefill or colocated instance")
+    if not any(spec.role.decodes for spec in specs):
+        raise ConfigError(f"--mesh {text!r}: nothing can decode; add a decode or colocated instance")
+    return tuple(specs)
+
+
+def _parse_axes(text: str, axes: str | None) -> int:
+    """The size of the mesh axis "model"."""
+    if axes is None:
+        return 1
+    name, _, size = axes.rpartition("=")
+    if name not in ("", "model") or "," in axes:
+        raise ConfigError(
+            f"--mesh {text!r}: {axes!r} names an unknown axis; the only axis is model (tensor parallelism), "
+            "and more instances are written COUNTxROLE"
+        )
+    if not size.isdecimal() or not 1 <= int(size) <= 1 << 16:
+        raise ConfigError(f"--mesh {text!r}: the size in {axes!r} must be a positive whole number")
+    return int(size)
+
+
+def demo_folder() -> Path:
+    """The embedded demo checkpoint."""
+    return Path(__file__).parent / "demo"

@@ -1,0 +1,174 @@
+"""The words of jmemserve, and the values that cross its borders.
+
+block       C consecutive tokens' keys and values of all layers; an address names it (``kvpool.address``)
+known       tokens a sequence consists of: the prompt, what was generated, and at most one promised token
+promised    a token that is sampled on the device but not yet seen by the host
+computed    known tokens whose keys and values are in blocks
+gap         known - computed: what the next steps must catch up with; prefill and decode differ only in its size
+held        a block with at least one reference; *cached*: in the index, unheld; *free*: neither
+leave       a sequence moves to another instance; *adopt*: it arrives there
+TTFT        seconds from arrival to the first token; TPOT: seconds per token after the first; JCT: arrival to the end
+"""
+
+import dataclasses
+import enum
+import math
+
+from jmemserve.errors import InvalidRequest
+
+INVALID = -1  # a missing index, everywhere
+MAX_LOGPROBS = 20  # how many alternatives per token a request may ask for
+MAX_STOP_IDS = 32  # how many stop token ids (with the model's own) one request may have
+MAX_STOP_STRINGS = 16
+MAX_N = 64
+
+
+class FinishReason(enum.Enum):
+    """Why an output ended."""
+
+    STOP = "stop"  # end-of-sequence token, a stop token id or a stop string
+    LENGTH = "length"  # max_tokens or the model's context is used up
+    ABORT = "abort"  # cancelled by the client or by Abort
+    DEADLINE = "deadline"  # the client's deadline passed
+    ERROR = "error"  # the request failed; ``Event.error`` says why
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to pick tokens and when to stop. Names and meanings are vLLM's.
+
+    ``check()`` raises InvalidRequest; nothing else looks at the values before they are used.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 or -1: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None  # None: the server draws one
+    max_tokens: int | None = None  # None: until the model stops or its context is full
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; 0: of the chosen token only; k: and of the k likeliest
+    n: int = 1
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+    def check(self) -> None:
+        """Raise InvalidRequest, naming the field and what it may be, if any value can never work."""
+        for name, low, high in (
+            ("temperature", 0.0, 100.0),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.0, 100.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+        ):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {value}")
+        if self.top_p == 0:
+            raise InvalidRequest("top_p must be above 0; use temperature 0 for greedy decoding")
+        if self.repetition_penalty == 0:
+            raise InvalidRequest("repetition_penalty must be above 0; 1 switches it off")
+        if self.top_k < -1:
+            raise InvalidRequest(f"top_k must be -1 or 0 (off) or a positive count, not {self.top_k}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InvalidRequest(f"seed must be from 0 to 2**63 - 1, not {self.seed}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if self.min_tokens < 0 or (self.max_tokens is not None and self.min_tokens > self.max_tokens):
+            raise InvalidRequest(f"min_tokens must be from 0 to max_tokens ({self.max_tokens}), not {self.min_tokens}")
+        if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
+            raise InvalidRequest(f"stop takes at most {MAX_STOP_STRINGS} strings, none of them empty")
+        if len(self.stop_token_ids) > MAX_STOP_IDS // 2:
+            raise InvalidRequest(f"stop_token_ids takes at most {MAX_STOP_IDS // 2} ids, not {len(self.stop_token_ids)}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise InvalidRequest(f"logprobs must be from 0 to {MAX_LOGPROBS}, not {self.logprobs}")
+        if not 1 <= self.n <= MAX_N:
+            raise InvalidRequest(f"n must be from 1 to {MAX_N}, not {self.n}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """One output wanted by a client. A call with n > 1 becomes n requests that differ in id and seed."""
+
+    id: str  # unique among the requests in flight
+    prompt: tuple[int, ...]  # token ids, at least one
+    params: SamplingParams
+    seed: int  # resolved: the token at position p depends on (seed, p) and the text before it, on nothing else
+    stop_ids: frozenset[int] = frozenset()  # eos ids (unless ignored) and the client's; they end the sequence
+    salt: str = ""  # prefix cache entries are shared only between requests of the same salt
+    arrival: float = 0.0  # seconds on the server's monotonic clock
+    deadline: float | None = None  # same clock; None: no deadline
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities of one sampled token (of the model's own distribution, before penalties)."""
+
+    token: int
+    logprob: float
+    rank: int  # 1 is the likeliest
+    top: tuple[tuple[int, float], ...] = ()  # (token, logprob), likeliest first, as many as were asked for
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of a request went, in seconds."""
+
+    queue_s: float = 0.0  # arrival to first being planned
+    prefill_s: float = 0.0  # first planned to first token
+    transfer_s: float = 0.0  # handing the sequence to a decode instance
+    first_token_s: float = 0.0  # arrival to first token
+    decode_s: float = 0.0  # first token to last token
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost, in tokens."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens whose keys and values were found in a prefix cache
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Event:
+    """News of one request: tokens, or its end. All that a front-end ever sees of an instance."""
+
+    request_id: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token if asked for, else empty
+    finish: FinishReason | None = None  # set on exactly one event, the last
+    usage: Usage = Usage()  # final on the last event
+    timings: Timings = Timings()  # final on the last event
+    error: str = ""  # for FinishReason.ERROR
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InstanceLoad:
+    """A momentary view of one instance, cheap enough to take every second."""
+
+    instance: str
+    role: str  # prefill, decode or colocated
+    running: int  # sequences with blocks
+    waiting: int  # sequences without
+    leaving: int  # sequences on their way to another instance
+    free_blocks: int
+    cached_blocks: int
+    held_blocks: int
+    total_blocks: int
+    prefix_hits: int  # prompt tokens found in the cache since start
+    prefix_queries: int  # prompt tokens looked up since start
+    steps: int
+    preemptions: int
+    compiles_after_warmup: int
