@@ -92,7 +92,10 @@ class EngineConfig:
             if not good:
                 raise ConfigError(sentence)
 
-        need(self.dtype in ("auto", "float32", "bfloat16"), f"--dtype must be auto, float32 or bfloat16, not {self.dtype!r}")
+        need(
+            self.dtype in ("auto", "float32", "bfloat16"),
+            f"--dtype must be auto, float32 or bfloat16, not {self.dtype!r}",
+        )
         size = self.block_size
         need(1 <= size <= 256 and size & (size - 1) == 0, f"--block-size must be a power of two up to 256, not {size}")
         for flag in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):

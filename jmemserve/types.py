@@ -90,7 +90,9 @@ class SamplingParams:
         if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
             raise InvalidRequest(f"stop takes at most {MAX_STOP_STRINGS} strings, none of them empty")
         if len(self.stop_token_ids) > MAX_STOP_IDS // 2:
-            raise InvalidRequest(f"stop_token_ids takes at most {MAX_STOP_IDS // 2} ids, not {len(self.stop_token_ids)}")
+            raise InvalidRequest(
+                f"stop_token_ids takes at most {MAX_STOP_IDS // 2} ids, not {len(self.stop_token_ids)}"
+            )
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise InvalidRequest(f"logprobs must be from 0 to {MAX_LOGPROBS}, not {self.logprobs}")
         if not 1 <= self.n <= MAX_N:

@@ -1,0 +1,219 @@
+"""Clients of the gRPC API: ``Client`` for plain code, ``AsyncClient`` for asyncio. The command line is in client_cli.
+
+    with Client("127.0.0.1:50051") as client:
+        for delta in client.stream("Once upon a time", SamplingParams(max_tokens=64)):
+            ...
+        output = client.generate([{"role": "user", "content": "Hello"}])[0]
+
+A prompt is a text, a list of token ids, or a list of chat messages. Errors are those of jmemserve.errors.
+"""
+
+import contextlib
+import sys
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from jmemserve.errors import InvalidRequest
+from jmemserve.server import jmemserve_pb2 as pb
+from jmemserve.server import jmemserve_pb2_grpc as pb_grpc
+from jmemserve.server import wire
+from jmemserve.server.messages import Delta, Finished, Message, Output, fold
+from jmemserve.server.status import error_of
+from jmemserve.types import InstanceLoad, SamplingParams
+
+__all__ = ["AsyncClient", "Client", "Delta", "Finished", "Message", "Output", "Prompt"]
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+def make_request(
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    request_id: str = "",
+    cache_salt: str = "",
+    template_arguments: Mapping[str, Any] | None = None,
+) -> pb.GenerateRequest:
+    """The message of a Generate call. Raises InvalidRequest for what has no place in one."""
+    request = pb.GenerateRequest(request_id=request_id, cache_salt=cache_salt)
+    request.sampling.CopyFrom(wire.params_to_wire(params or SamplingParams()))
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and all(isinstance(item, Mapping) for item in prompt):
+        messages = [item for item in prompt if isinstance(item, Mapping)]
+        request.messages.CopyFrom(wire.chat_to_wire(messages, template_arguments))
+    else:
+        request.token_ids.CopyFrom(wire.tokens_to_wire([_need_int(item) for item in prompt]))
+    return request
+
+
+class Client:
+    """A blocking client. Threads may share it. Close it, or use it in a ``with`` statement."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS):
+        self._channel = grpc.insecure_channel(address, OPTIONS)
+        self._inference, self._control = pb_grpc.InferenceStub(self._channel), pb_grpc.ControlStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every call and the connection."""
+        self._channel.close()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str = "",
+        cache_salt: str = "",
+        template_arguments: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> Generator[Message]:
+        """Yield deltas as they are made and a Finished per output. Closing the generator cancels the request."""
+        request = make_request(prompt, params, request_id, cache_salt, template_arguments)
+        with _errors():
+            call = self._inference.Generate(request, timeout=timeout_s)
+            try:
+                for response in call:
+                    yield wire.message_from_wire(response)
+            finally:
+                call.cancel()
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, **how: Any) -> list[Output]:
+        """The whole outputs, ``params.n`` of them. ``how`` as for ``stream``."""
+        return fold(self.stream(prompt, params, **how))
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """The token ids of a text."""
+        with _errors():
+            request = pb.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
+            return tuple(self._inference.Tokenize(request).token_ids)
+
+    def detokenize(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        ids = wire.tokens_to_wire(tokens).ids
+        with _errors():
+            request = pb.DetokenizeRequest(token_ids=ids, skip_special_tokens=skip_special_tokens)
+            return self._inference.Detokenize(request).text
+
+    def abort(self, request_id: str) -> bool:
+        """End a request. Returns whether it was in flight."""
+        with _errors():
+            return self._control.Abort(pb.AbortRequest(request_id=request_id)).was_in_flight
+
+    def model_info(self) -> pb.GetModelInfoResponse:
+        """The served model."""
+        with _errors():
+            return self._inference.GetModelInfo(pb.GetModelInfoRequest())
+
+    def server_info(self) -> pb.GetServerInfoResponse:
+        """The server, its state and its limits."""
+        with _errors():
+            return self._control.GetServerInfo(pb.GetServerInfoRequest())
+
+    def loads(self) -> list[InstanceLoad]:
+        """The load of every instance; empty while loading."""
+        with _errors():
+            return [wire.load_from_wire(load) for load in self._control.GetLoad(pb.GetLoadRequest()).instances]
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix that no request holds."""
+        with _errors():
+            return self._control.ResetPrefixCache(pb.ResetPrefixCacheRequest()).done
+
+    def is_serving(self, service: str = "") -> bool:
+        """Whether health says SERVING; "" and "jmemserve.v1.Inference" mean that Generate is accepted."""
+        with _errors():
+            answer = health_pb2_grpc.HealthStub(self._channel).Check(health_pb2.HealthCheckRequest(service=service))
+            return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+class AsyncClient:
+    """The same for asyncio; what ``Client`` has beside requests is a single call of the stubs, which are public."""
+
+    def __init__(self, address: str = DEFAULT_ADDRESS):
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self.inference, self.control = pb_grpc.InferenceStub(self._channel), pb_grpc.ControlStub(self._channel)
+        self.health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End every call and the connection."""
+        await self._channel.close()
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str = "",
+        cache_salt: str = "",
+        template_arguments: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Message]:
+        """Yield deltas as they are made and a Finished per output. Closing the generator cancels the request."""
+        request = make_request(prompt, params, request_id, cache_salt, template_arguments)
+        with _errors():
+            call = self.inference.Generate(request, timeout=timeout_s)
+            try:
+                async for response in call:
+                    yield wire.message_from_wire(response)
+            finally:
+                call.cancel()
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **how: Any) -> list[Output]:
+        """The whole outputs, ``params.n`` of them. ``how`` as for ``stream``."""
+        async with contextlib.aclosing(self.stream(prompt, params, **how)) as messages:
+            return fold([message async for message in messages])
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request. Returns whether it was in flight."""
+        with _errors():
+            return (await self.control.Abort(pb.AbortRequest(request_id=request_id))).was_in_flight
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Turn a failed call's status into our exceptions."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        # Both kinds of clients have these three; the base class of grpc declares none of them.
+        code, details, trailers = error.code(), error.details(), error.trailing_metadata()
+        raise error_of(code, details or "", [(key, value) for key, value in trailers or ()]) from error
+
+
+def _need_int(item: object) -> int:
+    if not isinstance(item, int) or isinstance(item, bool):
+        raise InvalidRequest(f"a prompt is a text, token ids, or chat messages; it cannot hold {item!r}")
+    return item
+
+
+def main() -> int:
+    """The command line: ``python -m jmemserve.client``."""
+    from jmemserve.client_cli import main as run  # it imports this module
+
+    return run(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Builds one instance: mesh, weights, pool, compiled steps. The order matters: what is left of memory is the pool's."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+
+from jmemserve.config import EngineConfig, InstanceSpec, Warmup, demo_folder
+from jmemserve.engine.mesh import device_memory, make_mesh
+from jmemserve.engine.report import Report
+from jmemserve.engine.runner import Runner
+from jmemserve.errors import ConfigError
+from jmemserve.kernels.pages import PageLayout
+from jmemserve.kvpool import MemPool
+from jmemserve.kvpool.store import PageStore
+from jmemserve.models import ModelConfig, load_config, weights
+from jmemserve.scheduler.plan import StepShape, step_shapes
+
+DEFAULT_UTILIZATION = 0.9  # share of an accelerator's memory for weights and pool
+CPU_UTILIZATION = 0.25  # on CPU the default pool is small: the memory is shared with everything else
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parts:
+    """What an instance is made of."""
+
+    runner: Runner
+    pool: MemPool
+    shapes: tuple[StepShape, ...]
+    max_model_len: int
+
+
+def model_folder(engine: EngineConfig) -> Path:
+    """Where the model lies. Raises ConfigError when there is nothing there."""
+    folder = demo_folder() if engine.model == "demo" else Path(engine.model).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"--model {engine.model!r}: there is no {folder / 'config.json'}; give a folder in Hugging Face form, one "
+            "written by jmemserve.convert, or 'demo'"
+        )
+    return folder
+
+
+def read_model_config(engine: EngineConfig) -> ModelConfig:
+    """The model's config.json, checked against what is asked of it."""
+    config = load_config(model_folder(engine))
+    if engine.max_model_len is not None and engine.max_model_len > config.max_model_len:
+        raise ConfigError(
+            f"--max-model-len {engine.max_model_len} is more than the {config.max_model_len} positions that the "
+            "checkpoint was made for"
+        )
+    return config
+
+
+def resolve_dtype(engine: EngineConfig, config: ModelConfig) -> str:
+    """``auto`` is float32 on CPU and the checkpoint's type elsewhere (bfloat16 for float16)."""
+    if engine.dtype != "auto":
+        return engine.dtype
+    if jax.default_backend() == "cpu" or config.dtype == "float32":
+        return "float32"
+    return "bfloat16"
+
+
+def build(
+    spec: InstanceSpec, engine: EngineConfig, config: ModelConfig, num_devices: int, epoch: int, report: Report
+) -> Parts:
+    """Load, allocate and compile one instance. Raises ConfigError or CheckpointError."""
+    mesh = make_mesh(spec, num_devices)
+    dtype = resolve_dtype(engine, config)
+    with report.phase(f"{spec.name}: weights ({weights.num_bytes(config, dtype) / 1e6:,.1f} MB {dtype})"):
+        bar = report.bar(f"{spec.name}: weights", weights.num_bytes(config, dtype), "B")
+        done = 0
+
+        def progress(now: int, total: int) -> None:
+            nonlocal done
+            bar.update(now - done)
+            done = now
+
+        folder = model_folder(engine)
+        seed, form = engine.seed, engine.load_format
+        graph, state = weights.load(folder, form, config, dtype, mesh, seed, progress)
+        jax.block_until_ready(jax.tree.leaves(state))
+        bar.close()
+    layout = PageLayout(config.num_layers, config.num_kv_heads, engine.block_size, config.head_dim, dtype)
+    num_blocks, max_model_len = _pool_size(engine, config, layout, mesh, dtype)
+    with report.phase(f"{spec.name}: KV pool ({num_blocks:,} blocks, {num_blocks * engine.block_size:,} tokens)"):
+        store = PageStore(layout, num_blocks, mesh)
+        store.pages.block_until_ready()
+    report.line(
+        f"    room for {num_blocks * engine.block_size / max_model_len:.1f} sequences of {max_model_len:,} tokens, "
+        f"{num_blocks * layout.bytes_per_block / 1e6:,.0f} MB"
+    )
+    shapes = step_shapes(spec.role.decodes, spec.role.prefills, engine.max_num_seqs, engine.max_num_batched_tokens)
+    if engine.warmup is Warmup.FAST:
+        shapes = _largest_of_each_kind(shapes)
+    runner = Runner(graph, state, store, mesh, shapes, config.vocab_size, max_model_len)
+    if engine.warmup is not Warmup.NONE:
+        programs = len(runner.programs())
+        with report.phase(f"{spec.name}: compile {programs} programs"):
+            bar = report.bar(f"{spec.name}: compile", programs, " programs")
+            for _ in runner.compile_all(threads=max(2, min(8, os.cpu_count() or 2))):
+                bar.update(1)
+            bar.close()
+    return Parts(runner, MemPool(spec.name, epoch, num_blocks, engine.block_size), shapes, max_model_len)
+
+
+def _largest_of_each_kind(shapes: tuple[StepShape, ...]) -> tuple[StepShape, ...]:
+    ones = [shape for shape in shapes if shape.tokens == shape.seqs]
+    packed = [shape for shape in shapes if shape.tokens != shape.seqs]
+    return tuple(sorted(max(kind) for kind in (ones, packed) if kind))
+
+
+def _pool_size(
+    engine: EngineConfig, config: ModelConfig, layout: PageLayout, mesh: jax.sharding.Mesh, dtype: str
+) -> tuple[int, int]:
+    """(blocks of the pool, longest sequence). The longest sequence must fit into the pool."""
+    size = engine.block_size
+    longest = engine.max_model_len or config.max_model_len
+    if engine.kv_cache_tokens is not None:
+        num_blocks = engine.kv_cache_tokens // size
+    else:
+        total, used = device_memory(mesh)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        share = engine.memory_utilization or (CPU_UTILIZATION if on_cpu else DEFAULT_UTILIZATION)
+        per_device = weights.num_bytes(config, dtype) // mesh.size
+        room = share * total - (per_device if on_cpu else used)
+        num_blocks = int(room * mesh.size / layout.bytes_per_block)
+        if on_cpu and engine.memory_utilization is None:
+            num_blocks = min(num_blocks, 2 * engine.max_num_seqs * -(-longest // size))
+    if num_blocks < 2:
+        raise ConfigError(
+            f"after the weights there is no memory left for a KV pool ({num_blocks} blocks of "
+            f"{layout.bytes_per_block:,} bytes); raise --memory-utilization or use more devices per instance"
+        )
+    if longest > num_blocks * size:
+        if engine.max_model_len is not None:
+            raise ConfigError(
+                f"one sequence of --max-model-len {longest} tokens does not fit into a KV pool of {num_blocks * size} "
+                "tokens; lower --max-model-len, or raise --kv-cache-tokens or --memory-utilization"
+            )
+        longest = num_blocks * size
+    return num_blocks, longest

@@ -1,0 +1,235 @@
+"""Every instance of a deployment in one process, and the router in front of them.
+
+The front-end (or the offline LLM) submits requests and gets events; it never sees an instance. Ids are made unique
+here for the time of their life, so that an id may be used again as soon as its last event was delivered, whatever
+of it is still on its way between two instances.
+"""
+
+import dataclasses
+import itertools
+import threading
+import time
+from collections.abc import Callable
+
+from jmemserve.config import ClusterSpec
+from jmemserve.engine.build import build, model_folder, read_model_config
+from jmemserve.engine.compiles import CompileCounter
+from jmemserve.engine.instance import Instance, Message
+from jmemserve.engine.messages import Abort, ResetCache, Submit
+from jmemserve.engine.report import Report
+from jmemserve.errors import DuplicateRequest, InvalidRequest, Overloaded, Unavailable
+from jmemserve.models import ModelConfig
+from jmemserve.scheduler.router import Router
+from jmemserve.types import MAX_STOP_IDS, Event, FinishReason, InstanceLoad, Request
+
+
+@dataclasses.dataclass(slots=True)
+class _Ticket:
+    """A request in flight."""
+
+    outer_id: str
+    request: Request
+    homes: tuple[str, ...]  # the instances that may have it
+    generated: list[int] = dataclasses.field(default_factory=list)
+    started: bool = False  # its first token has come
+
+
+class Cluster:
+    """Instances, links between them, and the router. All methods but ``start`` and ``drain`` return at once.
+
+    ``on_events`` is called from the instances' threads with all events of one step; it must be quick. ``on_failure``
+    is called once if an instance's thread dies; every request has got an ERROR event by then.
+    """
+
+    def __init__(self, spec: ClusterSpec, report: Report, on_events: Callable[[list[Event]], None]):
+        self.spec = spec
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[BaseException], None] = lambda error: None
+        self.max_model_len = 0
+        self.compiles_after_warmup = 0
+        self._report, self._on_events = report, on_events
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._tickets: dict[str, _Ticket] = {}  # by inner id
+        self._inner: dict[str, str] = {}  # outer id -> inner id
+        self._numbers = itertools.count(1)
+        self._accepting = False
+        self._instances: dict[str, Instance] = {}
+        self._router: Router | None = None
+        self._compiles: CompileCounter | None = None
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load and compile everything; requests are accepted afterwards. Raises ConfigError or CheckpointError."""
+        engine = self.spec.engine
+        self.model_config: ModelConfig = read_model_config(engine)
+        self.folder = model_folder(engine)
+        epoch = time.time_ns()
+        limits = []
+        for spec in self.spec.instances:
+            parts = build(spec, engine, self.model_config, self.spec.num_devices, epoch, self._report)
+            limits.append(parts.max_model_len)
+            self._instances[spec.name] = Instance(spec, parts, self._send, self._deliver, self._fail)
+        self.max_model_len = min(limits)
+        self._router = Router([(spec.name, spec.role) for spec in self.spec.instances], engine.block_size)
+        self._warm_up_links()
+        self._compiles = CompileCounter()
+        for instance in self._instances.values():
+            instance.compiles = lambda: self._compiles.count if self._compiles else 0
+            instance.start()
+        self._accepting = True
+
+    def _warm_up_links(self) -> None:
+        """Move blocks of every piece size over every pair once: what a transfer needs is compiled by then."""
+        stores = {name: instance.runner.store for name, instance in self._instances.items()}
+        for source in self.spec.instances:
+            for target in self.spec.instances:
+                if source is not target and not source.role.decodes and target.role.decodes:
+                    stores[source.name].warm_up_to(stores[target.name])
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuse new work and wait for the rest; what is left after ``timeout_s`` is aborted (then False)."""
+        limit = time.monotonic() + timeout_s
+        with self._idle:
+            self._accepting = False
+            while self._tickets and (rest := limit - time.monotonic()) > 0 and self.failure is None:
+                self._idle.wait(min(rest, 1.0))
+            left = [ticket.outer_id for ticket in self._tickets.values()]
+        for request_id in left:
+            self.abort(request_id)
+        with self._idle:
+            self._idle.wait_for(lambda: not self._tickets or self.failure is not None, timeout=5)
+        return not left
+
+    def stop(self) -> None:
+        """End every thread."""
+        self._accepting = False
+        for instance in self._instances.values():
+            instance.stop()
+        if self._compiles is not None:
+            self._compiles.close()
+
+    # -- requests ---------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Start a request; its events follow, the last one with ``finish``.
+
+        Raises InvalidRequest, DuplicateRequest, Overloaded (too many requests wait for their first token), or
+        Unavailable (not started, draining, failed).
+        """
+        self._check(request)
+        now = time.monotonic()
+        with self._lock:
+            if not self._accepting or self._router is None:
+                raise Unavailable("the server is not taking requests: it is starting, draining or has failed")
+            if request.id in self._inner:
+                raise DuplicateRequest(f"a request with id {request.id!r} is in flight; use another id, or wait for it")
+            waiting = sum(not ticket.started for ticket in self._tickets.values())
+            if waiting >= self.spec.engine.max_queue:
+                raise Overloaded(f"{waiting} requests wait already (--max-queue); try again later", retry_after_s=1.0)
+            inner = f"r{next(self._numbers)}"
+            room = self.max_model_len - len(request.prompt)
+            params = request.params
+            limit = room if params.max_tokens is None else min(room, params.max_tokens)
+            resolved = dataclasses.replace(
+                request,
+                id=inner,
+                params=dataclasses.replace(params, max_tokens=limit),
+                arrival=request.arrival or now,
+            )
+            route = self._router.route(inner, resolved.prompt, resolved.salt, now)
+            homes = tuple(dict.fromkeys((route.prefill, route.decode)))
+            self._tickets[inner] = _Ticket(request.id, resolved, homes)
+            self._inner[request.id] = inner
+        self._send(route.prefill, Submit(resolved, route.decode))
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
+        """End a request; its last event follows. False if there is no such request (it may just have ended)."""
+        with self._lock:
+            inner = self._inner.get(request_id)
+            homes = self._tickets[inner].homes if inner is not None else ()
+        for home in homes:
+            self._send(home, Abort(str(inner), reason))
+        return inner is not None
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix, in the pools and in the router."""
+        with self._lock:
+            if self._router is None:
+                return False
+            self._router.forget()
+        for instance in self._instances.values():
+            instance.post(ResetCache())
+        return True
+
+    def loads(self) -> list[InstanceLoad]:
+        """A momentary view of every instance."""
+        return [instance.load() for instance in self._instances.values()]
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._tickets)
+
+    def _check(self, request: Request) -> None:
+        vocabulary = self.model_config.vocab_size
+        request.params.check()
+        if not request.prompt:
+            raise InvalidRequest("the prompt is empty; give at least one token")
+        if (bad := next((t for t in request.prompt if not 0 <= t < vocabulary), None)) is not None:
+            raise InvalidRequest(f"token id {bad} is outside the model's vocabulary, 0 to {vocabulary - 1}")
+        if len(request.prompt) >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(request.prompt)} tokens, but at most {self.max_model_len - 1} leave room for an "
+                f"answer (the server's --max-model-len is {self.max_model_len}); shorten it"
+            )
+        if len(request.stop_ids) > MAX_STOP_IDS:
+            raise InvalidRequest(
+                f"at most {MAX_STOP_IDS} stop token ids, with the model's own, not {len(request.stop_ids)}"
+            )
+        if (bad := next((t for t in request.stop_ids if not 0 <= t < vocabulary), None)) is not None:
+            raise InvalidRequest(f"stop token id {bad} is outside the model's vocabulary, 0 to {vocabulary - 1}")
+
+    # -- from the instances' threads --------------------------------------------------------------------------
+
+    def _send(self, to: str, message: Message) -> None:
+        self._instances[to].post(message)
+
+    def _deliver(self, instance: str, events: list[Event]) -> None:
+        """Events of one step: the router learns from them, then they go out under the caller's ids."""
+        now = time.monotonic()
+        out = []
+        with self._idle:
+            assert self._router is not None
+            for event in events:
+                ticket = self._tickets.get(event.request_id)
+                if ticket is None:
+                    continue  # it has ended already
+                ticket.generated += event.tokens
+                if event.tokens and not ticket.started:
+                    ticket.started = True
+                    self._router.on_first_token(event.request_id, now)
+                if event.finish is not None:
+                    self._router.on_finished(event.request_id, (*ticket.request.prompt, *ticket.generated), now)
+                    del self._tickets[event.request_id], self._inner[ticket.outer_id]
+                out.append(dataclasses.replace(event, request_id=ticket.outer_id))
+            if not self._tickets:
+                self._idle.notify_all()
+        if out:
+            self._on_events(out)
+
+    def _fail(self, instance: str, error: BaseException) -> None:
+        """An instance's thread has died: every request fails now, none hangs."""
+        with self._idle:
+            first, self.failure, self._accepting = self.failure is None, self.failure or error, False
+            sentence = f"instance {instance} failed: {error!r}"
+            events = [
+                Event(ticket.outer_id, finish=FinishReason.ERROR, error=sentence) for ticket in self._tickets.values()
+            ]
+            self._tickets.clear()
+            self._inner.clear()
+            self._idle.notify_all()
+        if events:
+            self._on_events(events)
+        if first:
+            self.on_failure(error)

@@ -1,0 +1,334 @@
+"""One instance: a thread that turns messages into plans, plans into flights, and flights into events.
+
+    inbox -> plan -> launch -> commit the previous flight -> settle -> events and messages out
+
+One flight is always in the air while there is work: the next step is planned and enqueued before the tokens of the
+last one are waited for. Everything that enqueues device work for this instance's mesh happens on this thread.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+
+from jmemserve.config import InstanceSpec
+from jmemserve.engine.build import Parts
+from jmemserve.engine.messages import Abort, Handover, ResetCache, Stop, Submit
+from jmemserve.engine.runner import Flight
+from jmemserve.kvpool import transfer as tx
+from jmemserve.scheduler.local import LocalScheduler
+from jmemserve.scheduler.sequence import Sequence, Stamps, State
+from jmemserve.types import Event, FinishReason, InstanceLoad, TokenLogprobs, Usage
+
+IDLE_S = 0.05  # how often an idle instance looks at its deadlines
+TRANSFER_DEADLINE_S = 30.0
+MAX_REMEMBERED_ABORTS = 4096
+REMEMBER_ABORT_S = 60.0
+
+Message = object  # one of engine.messages or kvpool.transfer
+
+
+class Instance:
+    """``send(instance name, message)`` and ``emit(events)`` must not block."""
+
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        parts: Parts,
+        send: Callable[[str, Message], None],
+        emit: Callable[[str, list[Event]], None],
+        on_failure: Callable[[str, BaseException], None],
+    ):
+        self.spec = spec
+        self.pool, self.runner = parts.pool, parts.runner
+        self.scheduler = LocalScheduler(parts.pool, parts.shapes, self._leaves)
+        self.sender = tx.Sender(parts.pool)
+        self.receiver = tx.Receiver(parts.pool)
+        self.compiles: Callable[[], int] = lambda: 0
+        self._send, self._emit, self._on_failure = send, emit, on_failure
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._by_id: dict[str, Sequence] = {}
+        self._aborted: dict[str, tuple[float, FinishReason]] = {}  # ids that were not here when they were aborted
+        self._moving: dict[str, Sequence] = {}  # by transfer id
+        self._reset_pending = False
+        self._steps = 0
+        self._events: list[Event] = []
+        self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
+
+    # -- from other threads -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, message: Message) -> None:
+        """Hand a message to the instance."""
+        self._inbox.put(message)
+
+    def stop(self) -> None:
+        """End the thread; sequences that are left are dropped without an event."""
+        self._inbox.put(Stop())
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout=60)
+
+    def load(self) -> InstanceLoad:
+        """A momentary view; the numbers may belong to two neighbouring moments."""
+        scheduler, stats = self.scheduler, self.pool.stats()
+        return InstanceLoad(
+            instance=self.spec.name,
+            role=self.spec.role.value,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            leaving=len(scheduler.leaving),
+            free_blocks=stats.free,
+            cached_blocks=stats.cached,
+            held_blocks=stats.held,
+            total_blocks=stats.capacity,
+            prefix_hits=stats.hit_tokens,
+            prefix_queries=stats.query_tokens,
+            steps=self._steps,
+            preemptions=scheduler.preemptions,
+            compiles_after_warmup=self.compiles(),
+        )
+
+    # -- the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            flight: Flight | None = None
+            while self._take_messages(wait=flight is None):
+                now = time.monotonic()
+                self._reap(now)
+                plan = self.scheduler.plan(now)
+                following = self.runner.launch(plan) if plan is not None else None
+                if flight is not None:
+                    self._commit(flight)
+                flight = following
+                self._flush()
+        except BaseException as error:  # the one place: a bug must end the process, not hang its clients
+            self._on_failure(self.spec.name, error)
+
+    def _take_messages(self, wait: bool) -> bool:
+        """Handle what has come in; False when it is time to end. An idle instance waits a moment for more."""
+        busy = any(self.scheduler.running) or self.scheduler.waiting
+        try:
+            message = self._inbox.get(timeout=IDLE_S) if wait and not busy else self._inbox.get_nowait()
+            while True:
+                if isinstance(message, Stop):
+                    return False
+                self._handle(message, time.monotonic())
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _handle(self, message: Message, now: float) -> None:
+        match message:
+            case Submit():
+                self._submit(message, now)
+            case Abort():
+                self._abort(message, now)
+            case ResetCache():
+                self.pool.clear()
+            case tx.Offer():
+                self._on_offer(message, now)
+            case tx.Accept():
+                for ship in self.sender.on(message, now):
+                    self._ship(ship, now)
+            case tx.Data():
+                self._on_data(message, now)
+            case tx.Cancel():
+                for send in self.receiver.on(message, now):
+                    assert isinstance(send, tx.Send), send
+                    self._route([send])
+            case tx.Done() | tx.Refuse():
+                self._on_end(message, now)
+            case _:
+                raise AssertionError(f"{self.spec.name} got {message!r}")
+
+    def _flush(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self._emit(self.spec.name, events)
+
+    # -- requests ---------------------------------------------------------------------------------------------
+
+    def _submit(self, message: Submit, now: float) -> None:
+        request = message.request
+        seq = Sequence(request, list(request.prompt), message.decode, stamps=Stamps(arrival=request.arrival))
+        self.scheduler.submit(seq)
+        if not self._was_aborted(seq):
+            self._by_id[request.id] = seq
+
+    def _abort(self, message: Abort, now: float) -> None:
+        seq = self._by_id.get(message.request_id)
+        if seq is None:
+            self._aborted[message.request_id] = now, message.reason
+            return
+        self._end(seq, message.reason)
+
+    def _was_aborted(self, seq: Sequence) -> bool:
+        """Was a sequence that just came in aborted while it was on its way? Then it has ended."""
+        found = self._aborted.pop(seq.request.id, None)
+        if found is not None:
+            self._by_id[seq.request.id] = seq
+            self._end(seq, found[1])
+        return found is not None
+
+    def _end(self, seq: Sequence, reason: FinishReason, error: str = "") -> None:
+        """End a sequence from whatever state, giving back every block."""
+        for transfer_id in [key for key, other in self._moving.items() if other is seq]:
+            del self._moving[transfer_id]
+            self._route(self.sender.abort(transfer_id))
+            seq.blocks, seq.table = [], []  # the transfer held them and has given them back
+        self.scheduler.finish(seq)
+        self._finished(seq, reason, error)
+
+    def _finished(self, seq: Sequence, reason: FinishReason, error: str = "", token: Event | None = None) -> None:
+        del self._by_id[seq.request.id]
+        prompt = len(seq.request.prompt)
+        usage = Usage(prompt, len(seq.tokens) - prompt, seq.cached_tokens)
+        self._events.append(
+            Event(
+                seq.request.id,
+                token.tokens if token else (),
+                token.logprobs if token else (),
+                finish=reason,
+                usage=usage,
+                timings=seq.stamps.timings(),
+                error=error,
+            )
+        )
+
+    def _reap(self, now: float) -> None:
+        """End what is past its deadline: requests, transfers, remembered aborts."""
+        for seq in [seq for seq in self._by_id.values() if seq.request.deadline and now > seq.request.deadline]:
+            self._end(seq, FinishReason.DEADLINE)
+        self._route(self.sender.expire(now))
+        self._route(self.receiver.expire(now))
+        for transfer_id in [key for key in self._moving if not self.sender.has(key)]:
+            self._settle_here(transfer_id)
+        while self._aborted:
+            oldest = next(iter(self._aborted))
+            if len(self._aborted) <= MAX_REMEMBERED_ABORTS and now - self._aborted[oldest][0] < REMEMBER_ABORT_S:
+                break
+            del self._aborted[oldest]
+
+    # -- steps ------------------------------------------------------------------------------------------------
+
+    def _commit(self, flight: Flight) -> None:
+        tokens, described = flight.read()
+        now = time.monotonic()
+        self._steps += 1
+        rows = {id(piece.sequence): row for row, piece in enumerate(flight.plan.slices)}
+        for seq, token, finish in self.scheduler.commit(flight.plan, tokens, now):
+            logprobs: tuple[TokenLogprobs, ...] = ()
+            about = described[rows[id(seq)]]
+            if about is not None and token >= 0:
+                logprobs = (about,)
+            event = Event(seq.request.id, (token,) if token >= 0 else (), logprobs)
+            if finish is not None:
+                self._finished(seq, finish, token=event)
+                continue
+            self._events.append(event)
+            if seq.state is State.LEAVING:
+                self._flush()  # the receiver's events must not overtake this token
+                self._hand_over(seq, now)
+
+    # -- moving a sequence away -------------------------------------------------------------------------------
+
+    def _leaves(self, seq: Sequence) -> bool:
+        """A prefill-only instance lets go as soon as there is nothing left to catch up with."""
+        return not self.spec.role.decodes and not seq.stays and not seq.full and seq.decode_hint != self.spec.name
+
+    def _hand_over(self, seq: Sequence, now: float) -> None:
+        """Offer a sequence whose tokens are all computed but the last to the instance that is to decode it."""
+        assert seq.decode_hint is not None and seq.landed == len(seq.tokens) - 1, (seq.decode_hint, seq.landed)
+        seq.stamps.left = now
+        state = Handover(seq.request, tuple(seq.tokens), seq.landed, seq.cached_tokens, seq.stamps)
+        blocks = seq.blocks[: -(-seq.landed // self.pool.block_size)]
+        self.pool.free_mem(seq.blocks[len(blocks) :])
+        seq.blocks, seq.table = list(blocks), seq.table[: len(blocks)]
+        offer = self.sender.start(
+            destination=seq.decode_hint,
+            tokens=state.tokens[: seq.landed],
+            blocks=blocks,
+            salt=seq.request.salt,
+            layout=repr(self.runner.store.layout),
+            private=state,
+            now=now,
+            timeout_s=TRANSFER_DEADLINE_S,
+        )
+        self._moving[offer.transfer_id] = seq
+        self._send(seq.decode_hint, offer)
+
+    def _ship(self, ship: tx.Ship, now: float) -> None:
+        """The receiver told what it lacks: gather just that and send it, piece by piece."""
+        total = len(ship.blocks)
+        pieces: list[tuple[int, jax.Array | None]] = [(0, None)]
+        if total:
+            pieces = list(self.runner.store.gather([block.index for block in ship.blocks]))
+        for start, payload in pieces:
+            stop = min(total, start + payload.shape[0]) if payload is not None else 0
+            self._send(ship.destination, self.sender.data(ship.transfer_id, start, stop, payload, now))
+
+    def _on_end(self, message: tx.Done | tx.Refuse, now: float) -> None:
+        """A transfer has ended: at Done the sequence lives elsewhere, else it goes on here."""
+        transfer_id = message.transfer_id
+        self.sender.on(message, now)
+        if transfer_id not in self._moving or self.sender.has(transfer_id):
+            return
+        if isinstance(message, tx.Done):
+            seq = self._moving.pop(transfer_id)
+            del self._by_id[seq.request.id]
+            self.scheduler.leave(seq)
+        else:
+            self._settle_here(transfer_id)
+
+    def _settle_here(self, transfer_id: str) -> None:
+        """The move failed: any instance can catch up any sequence, so this one does."""
+        seq = self._moving.pop(transfer_id)
+        seq.blocks, seq.table = [], []  # the sender has given them back; most are still in the cache
+        self.scheduler.leaving.remove(seq)
+        seq.stays, seq.state, seq.turns = True, State.WAITING, seq.turns + 1
+        seq.computed = seq.landed = seq.indexed = 0
+        self.scheduler.submit(seq)
+
+    # -- taking a sequence in ---------------------------------------------------------------------------------
+
+    def _on_offer(self, offer: tx.Offer, now: float) -> None:
+        crowded = len(self._by_id) >= 2 * self.scheduler.max_seqs
+        layout = repr(self.runner.store.layout)
+        if crowded or offer.layout != layout:
+            reason = "too many sequences" if crowded else f"layouts differ: {offer.layout} and {layout}"
+            self._send(offer.source, tx.Refuse(offer.transfer_id, reason))
+            return
+        for send in self.receiver.on(offer, now):
+            assert isinstance(send, tx.Send), send
+            self._route([send])
+
+    def _on_data(self, data: tx.Data, now: float) -> None:
+        for land in self.receiver.on(data, now):
+            assert isinstance(land, tx.Land), land
+            if land.blocks:
+                self.runner.store.scatter([block.index for block in land.blocks], land.payload)
+            # The scatter is enqueued: it is ordered before every step that could read these blocks.
+            done = self.receiver.landed(land.transfer_id, now)
+            if land.last and done:
+                self._adopt(land.transfer_id, now)
+            self._route(done)
+
+    def _adopt(self, transfer_id: str, now: float) -> None:
+        """Every block is in place: go on with the sequence here."""
+        state, blocks = self.receiver.claim(transfer_id)
+        assert isinstance(state, Handover), state
+        seq = Sequence(state.request, list(state.tokens), self.spec.name, stamps=state.stamps)
+        seq.stamps.adopted = now
+        seq.cached_tokens = state.cached_tokens
+        self.scheduler.adopt(seq, blocks, state.computed)
+        if not self._was_aborted(seq):
+            self._by_id[seq.request.id] = seq
+
+    def _route(self, sends: list[tx.Send]) -> None:
+        for send in sends:
+            self._send(send.to, send.message)

@@ -1,0 +1,34 @@
+"""Devices: which there are, and the mesh of one instance."""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jmemserve.config import InstanceSpec
+from jmemserve.errors import ConfigError
+
+AXIS = "model"  # the one axis of an instance's mesh: tensor parallelism
+
+
+def make_mesh(spec: InstanceSpec, num_needed: int) -> Mesh:
+    """The mesh of one instance. Raises ConfigError when the devices do not suffice for the whole cluster."""
+    devices = jax.devices()
+    if len(devices) < num_needed:
+        raise ConfigError(
+            f"--mesh needs {num_needed} devices, but this machine has {len(devices)} ({devices[0].device_kind}); "
+            "ask for fewer instances or smaller axes"
+        )
+    chosen = [devices[index] for index in spec.device_indices]
+    return Mesh(np.array(chosen), (AXIS,))
+
+
+def device_memory(mesh: Mesh) -> tuple[int, int]:
+    """Bytes of one device of the mesh: (in all, in use). CPU devices share this machine's memory equally."""
+    device = mesh.devices.flat[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"], stats["bytes_in_use"]
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total // max(1, len(jax.devices())), 0

@@ -1,0 +1,55 @@
+"""Paged attention: one signature, several backends, and the page functions that know how a block is laid out.
+
+Shape letters, used in every traced file:
+
+    B sequences (rows)   T new tokens (packed)   P pages   C tokens per page   W table width   L layers
+    D model   N query heads   K kv heads   G = N / K   H head   F ffn   V vocabulary
+
+A step's new tokens are packed: row b owns tokens ``starts[b] : starts[b + 1]``, which are the last ones of its
+``context[b]`` tokens. Rows of padding have no token and context 0. Pages (the storage of blocks) are one array
+
+    pages: [P, L, 2, K, C, H]      one block = one contiguous page, all layers, keys then values
+
+so a block moves in one piece, and one kv head's tokens are contiguous for the kernels. Page 0 is nobody's: padding
+tokens are written there.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Where a step's tokens live: the interface between host and traced code."""
+
+    positions: jax.Array  # i32[T] place of each new token in its sequence
+    slots: jax.Array  # i32[T] where its keys and values go: page * C + place in the page
+    tables: jax.Array  # i32[B, W] pages of each row in token order
+    context: jax.Array  # i32[B] tokens of each row after this step, 0 for padding
+    starts: jax.Array  # i32[B + 1] first new token of each row
+
+
+class Attention(Protocol):
+    """Attention of new tokens to everything before them in their own sequence."""
+
+    def __call__(self, q: jax.Array, pages: jax.Array, layer: int, ragged: Ragged, window: int | None) -> jax.Array:
+        """q: [T, N, H], pages: [P, L, 2, K, C, H] with the new tokens already written.
+
+        ``window``: each token sees at most that many tokens, itself included. Returns [T, N, H]; tokens of padding
+        come back as finite garbage.
+        """
+        ...
+
+
+_BACKENDS = {"xla": "jmemserve.kernels.xla", "reference": "jmemserve.kernels.reference"}
+
+
+def attention_backend(name: str) -> Attention:
+    """The paged attention of that name. Raises KeyError for an unknown one."""
+    function: Callable[..., jax.Array] = importlib.import_module(_BACKENDS[name]).paged_attention
+    return function

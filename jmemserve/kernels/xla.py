@@ -1,0 +1,157 @@
+"""Paged attention in plain XLA operations: the portable backend, and the one for CPU.
+
+The cost grows with the tokens in context, not with the width of the table: the work is cut into items, only items
+that exist are visited (a loop with a trip count known at run time), and each visit combines a partial softmax.
+
+    rows with one new token     item = (row, span of keys); a few items per visit; partial results meet in the row
+    rows with several           item = (row, tile of queries), and inside it a loop over its spans of keys
+
+    keys of one row:   |span 0|span 1|span 2|sp..      span = SPAN tokens; a window skips whole spans in front
+                              ^ first        ^ context
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jmemserve.kernels import Ragged
+
+SPAN = 128  # keys per visit: their bytes stay in a core's cache between the two products
+TILE = 128  # queries per visit when a row has several new tokens
+ITEMS = 8  # spans per visit when rows have one new token
+NEVER = -1e30  # a score that is never seen; finite, so that fully masked partial results stay finite
+
+
+def paged_attention(q: jax.Array, pages: jax.Array, layer: int, ragged: Ragged, window: int | None) -> jax.Array:
+    """See ``jmemserve.kernels.Attention``."""
+    num_tokens, num_rows = q.shape[0], ragged.context.shape[0]
+    lengths = ragged.starts[1:] - ragged.starts[:-1]  # B: new tokens of each row
+    tables = _whole_spans(ragged.tables, pages.shape[4])
+    if num_tokens == num_rows:  # the shape of a step in which every row has one token
+        return _one_token_rows(q, pages, layer, tables, ragged.context, window)
+    row_tokens = jnp.minimum(ragged.starts[:-1], num_tokens - 1)
+    single = lengths == 1
+    ones = _one_token_rows(q[row_tokens], pages, layer, tables, jnp.where(single, ragged.context, 0), window)
+    out = _many_token_rows(q, pages, layer, ragged, tables, jnp.where(single, 0, lengths), window)
+    return out.at[jnp.where(single, row_tokens, num_tokens)].set(ones, mode="drop")
+
+
+def _one_token_rows(
+    q: jax.Array, pages: jax.Array, layer: int, tables: jax.Array, context: jax.Array, window: int | None
+) -> jax.Array:
+    """q: [B, N, H], row b's only new token being its last one. Rows with context 0 cost nothing."""
+    num_rows, num_heads, head_dim = q.shape
+    kv_heads, size = pages.shape[3:5]
+    span, per_span = _span_of(size)
+    visit = min(ITEMS, num_rows)
+    grouped = q.reshape(num_rows, kv_heads, num_heads // kv_heads, head_dim).astype(jnp.float32) * head_dim**-0.5
+    low = jnp.zeros_like(context) if window is None else jnp.maximum(context - window, 0)
+    first = low // span  # B
+    counts = jnp.where(context > 0, -(-context // span) - first, 0)
+    ends = jnp.cumsum(counts)
+    total = ends[-1]
+
+    def body(step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
+        top, mass, mixed = carry
+        item = step * visit + jnp.arange(visit)
+        row = jnp.minimum(jnp.searchsorted(ends, item, side="right"), num_rows - 1)
+        chunk = jnp.where(item < total, item - (ends - counts)[row] + first[row], 0)
+        place = chunk[:, None] * span + jnp.arange(span)[None]  # visit, span
+        seen = (place < context[row][:, None]) & (place >= low[row][:, None]) & (item < total)[:, None]
+        index = tables[row[:, None], chunk[:, None] * per_span + jnp.arange(per_span)[None]]
+        k, v = (_rows_of(pages[index, layer, half]) for half in (0, 1))  # visit, K, span, H
+        scores = jnp.einsum("bkgh,bksh->bkgs", grouped[row], k)
+        scores = jnp.where(seen[:, None, None], scores, NEVER)
+        part_top = scores.max(-1)
+        weights = jnp.where(seen[:, None, None], jnp.exp(scores - part_top[..., None]), 0)
+        v = jnp.where(seen[:, None, :, None], v, 0)  # a page's unused end may hold anything, even NaN
+        part_mixed = jnp.einsum("bkgs,bksh->bkgh", weights, v)
+        new_top = top.at[row].max(part_top)
+        keep, take = jnp.exp(top - new_top), jnp.exp(part_top - new_top[row])
+        mass = (mass * keep).at[row].add(weights.sum(-1) * take)
+        mixed = (mixed * keep[..., None]).at[row].add(part_mixed * take[..., None])
+        return new_top, mass, mixed
+
+    shape = grouped.shape[:3]
+    start = (jnp.full(shape, NEVER), jnp.zeros(shape), jnp.zeros(grouped.shape))
+    _, mass, mixed = lax.fori_loop(0, -(-total // visit), body, start)
+    return (mixed / jnp.maximum(mass, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
+
+
+def _many_token_rows(
+    q: jax.Array,
+    pages: jax.Array,
+    layer: int,
+    ragged: Ragged,
+    tables: jax.Array,
+    lengths: jax.Array,
+    window: int | None,
+) -> jax.Array:
+    """q: [T, N, H]; visits only the rows with ``lengths`` (i32[B]) above 0, tile by tile."""
+    num_tokens, num_heads, head_dim = q.shape
+    kv_heads, size = pages.shape[3:5]
+    group = num_heads // kv_heads
+    span, per_span = _span_of(size)
+    tile = min(TILE, num_tokens)
+    tiles = -(-lengths // tile)  # B
+    ends = jnp.cumsum(tiles)
+    padded = jnp.pad(q, ((0, tile), (0, 0), (0, 0)))  # the last tile may reach past the last token
+    last_row = lengths.shape[0] - 1
+
+    def one_tile(item: jax.Array, out: jax.Array) -> jax.Array:
+        row = jnp.minimum(jnp.searchsorted(ends, item, side="right"), last_row)
+        nth = item - (ends - tiles)[row]
+        token = ragged.starts[row] + nth * tile
+        here = jnp.minimum(lengths[row] - nth * tile, tile)  # queries of this tile that exist
+        position = ragged.context[row] - lengths[row] + nth * tile + jnp.arange(tile)
+        queries = lax.dynamic_slice_in_dim(padded, token, tile).astype(jnp.float32) * head_dim**-0.5
+        queries = queries.reshape(tile, kv_heads, group, head_dim).transpose(1, 2, 0, 3)
+        queries = queries.reshape(kv_heads, group * tile, head_dim)
+        high = position[0] + here  # keys from here on are seen by no query of this tile
+        low = jnp.int32(0) if window is None else jnp.maximum(position[0] - window + 1, 0)
+
+        def one_span(chunk: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
+            top, mass, mixed = carry
+            place = chunk * span + jnp.arange(span)
+            seen = (place[None] <= position[:, None]) & (place < high)[None]
+            if window is not None:
+                seen &= place[None] > position[:, None] - window
+            index = lax.dynamic_slice(tables, (row, chunk * per_span), (1, per_span))
+            k, v = (_rows_of(pages[index, layer, half])[0] for half in (0, 1))  # K, span, H
+            v = jnp.where((place < high)[None, :, None], v, 0)
+            scores = jnp.einsum("kth,ksh->kts", queries, k).reshape(kv_heads, group, tile, span)
+            scores = jnp.where(seen[None, None], scores, NEVER)
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.where(seen[None, None], jnp.exp(scores - new_top[..., None]), 0)
+            keep = jnp.exp(top - new_top)
+            part = jnp.einsum("kts,ksh->kth", weights.reshape(kv_heads, group * tile, span), v)
+            mixed = mixed * keep[..., None] + part.reshape(kv_heads, group, tile, head_dim)
+            return new_top, mass * keep + weights.sum(-1), mixed
+
+        shape = (kv_heads, group, tile)
+        start = (jnp.full(shape, NEVER), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
+        _, mass, mixed = lax.fori_loop(low // span, -(-high // span), one_span, start)
+        result = (mixed / jnp.maximum(mass, 1e-30)[..., None]).transpose(2, 0, 1, 3).reshape(tile, num_heads, head_dim)
+        old = lax.dynamic_slice_in_dim(out, token, tile)
+        kept = jnp.where((jnp.arange(tile) < here)[:, None, None], result.astype(out.dtype), old)
+        return lax.dynamic_update_slice_in_dim(out, kept, token, 0)
+
+    out = lax.fori_loop(0, ends[-1], one_tile, jnp.zeros_like(padded))
+    return out[:num_tokens]
+
+
+def _span_of(size: int) -> tuple[int, int]:
+    """Keys per span, and pages per span, for pages of ``size`` tokens."""
+    per_span = max(1, SPAN // size)
+    return per_span * size, per_span
+
+
+def _whole_spans(tables: jax.Array, size: int) -> jax.Array:
+    """Widen the tables (i32[B, W]) with page 0 to a whole number of spans."""
+    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % _span_of(size)[1])))
+
+
+def _rows_of(gathered: jax.Array) -> jax.Array:
+    """[n, pages, K, C, H] as gathered -> f32 [n, K, pages * C, H]."""
+    num, pages, kv_heads, size, head_dim = gathered.shape
+    return gathered.transpose(0, 2, 1, 3, 4).reshape(num, kv_heads, pages * size, head_dim).astype(jnp.float32)

@@ -1,0 +1,254 @@
+"""Continuous batching of one instance: which sequences advance by how many tokens in the next step.
+
+There is one counter per sequence, its gap (known - computed). A plan spends a budget of tokens: first on running
+sequences that lack one token, then on running ones that lack more, oldest first, then on waiting ones. Who cannot
+get a block makes the youngest running sequence give up its blocks (it waits again and recomputes, mostly from the
+prefix cache). The oldest sequence can always proceed, so nobody starves.
+
+Counters run ahead: a plan made counts as done, and the token it samples is *promised* until ``commit`` learns it.
+Pure: no clock, no device; ``now`` is an argument.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from jmemserve.errors import PoolFull
+from jmemserve.kvpool import BlockAddress, MemPool
+from jmemserve.scheduler.plan import Plan, Slice, StepShape, smallest
+from jmemserve.scheduler.sequence import Sequence, State
+from jmemserve.types import INVALID, FinishReason
+
+
+class LocalScheduler:
+    """The sequences of one instance and their blocks in its pool."""
+
+    def __init__(
+        self, pool: MemPool, shapes: tuple[StepShape, ...], leaves: Callable[[Sequence], bool] = lambda seq: False
+    ):
+        self.pool = pool
+        self.shapes = shapes
+        self.leaves = leaves  # asked right after planning: does the sequence leave once this step has landed?
+        self.max_tokens = max(shape.tokens for shape in shapes)
+        self.max_seqs = max(shape.seqs for shape in shapes)
+        self.waiting: deque[Sequence] = deque()  # oldest arrival first
+        self.running: list[Sequence] = []  # oldest arrival first
+        self.leaving: list[Sequence] = []
+        self.preemptions = 0
+        self.plans = 0
+
+    # -- sequences come and go --------------------------------------------------------------------------------
+
+    def submit(self, seq: Sequence) -> None:
+        """Take a sequence that holds no blocks."""
+        assert seq.state is State.WAITING and not seq.blocks, (seq.state, len(seq.blocks))
+        self._queue(seq)
+
+    def adopt(self, seq: Sequence, blocks: list[BlockAddress], computed: int) -> None:
+        """Take a sequence whose first ``computed`` tokens are in ``blocks``, which it holds from now on."""
+        seq.blocks, seq.table = list(blocks), [block.index for block in blocks]
+        seq.computed = seq.landed = computed
+        seq.indexed = computed // self.pool.block_size
+        seq.first_admission = False
+        assert computed <= len(blocks) * self.pool.block_size, (computed, len(blocks))
+        seq.state = State.RUNNING
+        self._insert_by_arrival(self.running, seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Let a sequence go, from whatever state; its blocks are given back at once (indexed ones stay cached).
+
+        Steps in flight may still write into them: whoever gets them next is ordered after those steps.
+        """
+        for group in (self.running, self.leaving, self.waiting):
+            if seq in group:
+                group.remove(seq)
+        self._give_back(seq)
+        seq.state = State.FINISHED
+
+    def leave(self, seq: Sequence) -> None:
+        """A sequence that has left for another instance; its blocks are the transfer's business now."""
+        self.leaving.remove(seq)
+        seq.blocks, seq.table, seq.turns, seq.state = [], [], seq.turns + 1, State.FINISHED
+
+    def stay(self, seq: Sequence) -> None:
+        """Nobody takes this sequence: it goes on running here."""
+        self.leaving.remove(seq)
+        seq.stays, seq.state = True, State.RUNNING
+        self._insert_by_arrival(self.running, seq)
+
+    def sequences(self) -> Iterable[Sequence]:
+        yield from (*self.running, *self.leaving, *self.waiting)
+
+    # -- the step ---------------------------------------------------------------------------------------------
+
+    def plan(self, now: float) -> Plan | None:
+        """The next step, or None when there is nothing to compute. Counts everything in it as done."""
+        pieces: list[Slice] = []
+        budget = self.max_tokens
+        preempted: set[int] = set()
+        in_order = sorted(self.running, key=lambda seq: seq.gap > 1)  # stable: oldest first within each kind
+        for seq in in_order:
+            if seq.state is not State.RUNNING or seq.gap == 0 or seq.full and seq.promised:
+                continue
+            if budget == 0 or len(pieces) == self.max_seqs:
+                break
+            length = min(seq.gap, budget)
+            if not self._make_room(seq, seq.computed + length, {id(piece.sequence) for piece in pieces}, preempted):
+                continue
+            pieces.append(_slice(seq, length))
+            budget -= length
+        while self.waiting and budget and len(self.running) < self.max_seqs and len(pieces) < self.max_seqs:
+            seq = self.waiting[0]
+            if preempted or not self._admit(seq, now):
+                break
+            length = min(seq.gap, budget)
+            if not self._make_room(seq, seq.computed + length, set(), None):
+                self._put_back(seq)
+                break
+            pieces.append(_slice(seq, length))
+            budget -= length
+        if not pieces:
+            return None
+        shape = smallest(self.shapes, [piece.length for piece in pieces])
+        assert shape is not None, f"no shape of {self.shapes} holds {[piece.length for piece in pieces]}"
+        for row, piece in enumerate(pieces):
+            self._advance(piece, row)
+        self.plans += 1
+        return Plan(self.plans, shape, tuple(pieces))
+
+    def commit(self, plan: Plan, sampled: list[int], now: float) -> list[tuple[Sequence, int, FinishReason | None]]:
+        """The step has ended and row b sampled ``sampled[b]``. Returns (sequence, token, finish) of those that got one.
+
+        A stop token is not appended and comes back as INVALID. Sequences that end are let go; sequences that gave up
+        their blocks since the plan was made keep the token but index nothing. Full blocks enter the index here.
+        """
+        news: list[tuple[Sequence, int, FinishReason | None]] = []
+        for piece, token in zip(plan.slices, sampled, strict=False):
+            seq = piece.sequence
+            if seq.state is State.FINISHED:
+                continue  # its surplus token is dropped
+            if piece.samples:
+                finish, shown = self._keep_promise(seq, token, now)
+            if piece.turn == seq.turns:
+                seq.landed = piece.start + piece.length
+                self._index(seq)
+            if piece.samples:
+                if finish is not None:
+                    self.finish(seq)
+                news.append((seq, shown, finish))
+        return news
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _keep_promise(self, seq: Sequence, token: int, now: float) -> tuple[FinishReason | None, int]:
+        """The promised token is known. Returns why the sequence ends, if it does, and the token to show."""
+        assert seq.promised >= 1, f"{seq.request.id} was promised {seq.promised} tokens and got one"
+        seq.promised -= 1
+        if not seq.stamps.first_token:
+            seq.stamps.first_token = now
+        seq.stamps.last_token = now
+        if token in seq.request.stop_ids:
+            seq.computed = min(seq.computed, len(seq.tokens))
+            return FinishReason.STOP, INVALID
+        seq.tokens.append(token)
+        done = seq.full and not seq.promised
+        return (FinishReason.LENGTH if done else None), token
+
+    def _advance(self, piece: Slice, row: int) -> None:
+        """Count a planned slice as done."""
+        seq = piece.sequence
+        seq.computed += piece.length
+        if piece.samples:
+            seq.promised += 1
+            seq.promised_row = row
+        if piece.samples and self.leaves(seq):
+            self.running.remove(seq)
+            self.leaving.append(seq)
+            seq.state = State.LEAVING
+
+    def _index(self, seq: Sequence) -> None:
+        """Make the blocks that are full of landed, known tokens findable. Duplicates stay the sequence's own."""
+        size = self.pool.block_size
+        full = min(seq.landed, len(seq.tokens)) // size
+        if full > seq.indexed:
+            self.pool.insert(seq.tokens[: full * size], seq.blocks[:full], seq.request.salt)
+            seq.indexed = full
+
+    def _admit(self, seq: Sequence, now: float) -> bool:
+        """Start the first waiting sequence if all that it lacks fits, and one block more."""
+        size = self.pool.block_size
+        spare = 1 if self.running else 0
+        if -(-seq.known // size) - self.pool.peek(seq.tokens, seq.request.salt) // size + spare > self.pool.room():
+            return False  # asked every step: do not count it as a look-up
+        match = self.pool.match(seq.tokens, seq.request.salt)
+        lacking = -(-seq.known // size) - len(match.addresses)
+        if lacking + spare > self.pool.room():
+            match.release()
+            return False
+        self.waiting.popleft()
+        seq.computed = seq.landed = match.num_tokens
+        if seq.first_admission:
+            seq.first_admission, seq.cached_tokens = False, min(match.num_tokens, len(seq.request.prompt))
+        if not seq.stamps.planned:
+            seq.stamps.planned = now
+        seq.blocks = match.take()
+        seq.table = [block.index for block in seq.blocks]
+        seq.indexed = len(seq.blocks)
+        seq.state = State.RUNNING
+        self._insert_by_arrival(self.running, seq)
+        return True
+
+    def _make_room(self, seq: Sequence, tokens: int, planned: set[int], preempted: set[int] | None) -> bool:
+        """Give ``seq`` blocks for its first ``tokens`` tokens, taking them from younger sequences if need be.
+
+        ``planned``: sequences already in this plan, which keep theirs. False when ``seq`` itself had to give up.
+        """
+        lacking = -(-tokens // self.pool.block_size) - len(seq.blocks)
+        if lacking <= 0:
+            return True
+        while preempted is not None and self.pool.room() < lacking:
+            victims = [other for other in self.running if id(other) not in planned]
+            victim = victims[-1]  # seq itself is among them
+            preempted.add(id(victim))
+            self._put_back(victim)
+            self.preemptions += 1
+            if victim is seq:
+                return False
+        try:
+            blocks = self.pool.alloc_mem(lacking)
+        except PoolFull:
+            return False
+        seq.blocks += blocks
+        seq.table += [block.index for block in blocks]
+        return True
+
+    def _put_back(self, seq: Sequence) -> None:
+        """A running sequence gives up its blocks and waits again, keeping its tokens."""
+        self.running.remove(seq)
+        self._give_back(seq)
+        seq.state = State.WAITING
+        self._queue(seq)
+
+    def _give_back(self, seq: Sequence) -> None:
+        self.pool.free_mem(seq.blocks)
+        seq.blocks, seq.table, seq.turns = [], [], seq.turns + 1
+        seq.computed = seq.landed = seq.indexed = 0
+
+    def _queue(self, seq: Sequence) -> None:
+        """Into the waiting line by arrival."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].request.arrival > seq.request.arrival:
+            place -= 1
+        self.waiting.insert(place, seq)
+
+    @staticmethod
+    def _insert_by_arrival(group: list[Sequence], seq: Sequence) -> None:
+        place = len(group)
+        while place and group[place - 1].request.arrival > seq.request.arrival:
+            place -= 1
+        group.insert(place, seq)
+
+
+def _slice(seq: Sequence, length: int) -> Slice:
+    samples = seq.computed + length == seq.known
+    row = seq.promised_row if seq.promised and samples else INVALID
+    return Slice(seq, seq.computed, length, samples, row, seq.turns)

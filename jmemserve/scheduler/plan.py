@@ -1,0 +1,73 @@
+"""What one step does, as plain values: it can be logged, replayed, or sent to another host."""
+
+import dataclasses
+
+from jmemserve.scheduler.sequence import Sequence
+
+
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class StepShape:
+    """The static key of the compiled step. tokens == seqs: every row has exactly one new token."""
+
+    tokens: int
+    seqs: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slice:
+    """New tokens ``start : start + length`` of one sequence. ``samples`` iff they reach its last known token."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool
+    promised_row: int  # row of the flight in the air that holds the last token, or INVALID when the host knows it
+    turn: int  # the sequence's turn when this was planned
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """One step of one instance; row b of the step is ``slices[b]``."""
+
+    number: int
+    shape: StepShape
+    slices: tuple[Slice, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.length for piece in self.slices)
+
+
+def step_shapes(decodes: bool, prefills: bool, max_seqs: int, max_tokens: int) -> tuple[StepShape, ...]:
+    """The short list of shapes that an instance compiles, smallest first.
+
+    One-token rows in powers of two up to ``max_seqs``, and packed steps in steps of four up to ``max_tokens``. An
+    instance that only decodes keeps one small packed shape to catch up with, one that only prefills decodes (when
+    nobody takes a sequence) in its smallest packed shape: any instance can catch up any sequence.
+    """
+    packed = {max_tokens}
+    size = 16
+    while size < max_tokens:
+        packed.add(size)
+        size *= 2 if size >= 256 else 4
+    packed = {size for size in packed if size > max_seqs} or {max_seqs + 1}
+    shapes = set()
+    if decodes:
+        rows = 1
+        while rows < max_seqs:
+            shapes.add(StepShape(rows, rows))
+            rows *= 2
+        shapes.add(StepShape(max_seqs, max_seqs))
+    if not prefills:
+        packed = {min((size for size in packed if size >= 64), default=max(packed))}
+    shapes |= {StepShape(size, max_seqs) for size in packed}
+    return tuple(sorted(shapes))
+
+
+def smallest(shapes: tuple[StepShape, ...], lengths: list[int]) -> StepShape | None:
+    """The first shape that can hold rows of these lengths, or None. A one-token shape holds nothing else."""
+    tokens, ones = sum(lengths), all(length == 1 for length in lengths)
+    for shape in shapes:
+        if shape.tokens >= tokens and shape.seqs >= len(lengths) and (ones or shape.tokens > shape.seqs):
+            return shape
+    return None

@@ -1,0 +1,197 @@
+"""Which instances a request goes to: one that prefills it and one that decodes it, often the same.
+
+The router knows what it sent and what came back, nothing else: prompt trees (one per role) of what instances are
+believed to hold, and loads counted from its own choices at once, so that a burst does not all go to one instance.
+Pure: ``now`` is an argument, and equal calls give equal routes.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+from jmemserve.config import Role
+from jmemserve.errors import ConfigError, Unavailable
+from jmemserve.scheduler.policies import POLICIES, Candidate, View
+from jmemserve.scheduler.prompt_tree import PromptTree
+
+TREE_BLOCKS = 1 << 16  # nodes of one role's tree, some 400 bytes each
+TREE_TTL_S = 600.0
+MOVED_TOKEN_COST = 1 / 16  # of moving a token's keys and values, where computing them is 1
+
+
+class InstanceState(enum.Enum):
+    """Whether an instance may get new requests."""
+
+    READY = "ready"
+    DRAINING = "draining"  # finishes what it has
+    DEAD = "dead"  # what it had is lost, its cache too
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request goes. A role is a preference: ``decode`` may be a prefill instance that nobody relieves."""
+
+    prefill: str
+    decode: str
+    predicted_cached_tokens: int  # of the prompt, at the prefill instance
+
+
+@dataclasses.dataclass(slots=True)
+class Load:
+    """What an instance has to do, of all that was routed to it in its present life."""
+
+    pending: int = 0  # tokens to be computed before a first token
+    running: int = 0  # requests
+
+
+@dataclasses.dataclass(slots=True)
+class _Instance:
+    name: str
+    role: Role
+    state: InstanceState = InstanceState.READY
+    load: Load = dataclasses.field(default_factory=Load)
+
+
+@dataclasses.dataclass(slots=True)
+class _Flight:
+    """A request on its way. The loads are those of the lives it was routed to: a new life starts with a new one."""
+
+    tokens: tuple[int, ...]
+    salt: str
+    prefill: _Instance
+    decode: _Instance
+    prefill_load: Load
+    decode_load: Load
+    pending: int
+    started: bool = False
+
+
+class Router:
+    """Routes requests among instances, given as (name, role) in the cluster's order; all have one block size."""
+
+    def __init__(
+        self,
+        instances: Sequence[tuple[str, Role]],
+        block_size: int,
+        policy: str = "longest_prefix",
+        tree_blocks: int = TREE_BLOCKS,
+        tree_ttl_s: float = TREE_TTL_S,
+    ):
+        if policy not in POLICIES:
+            raise ConfigError(f"there is no routing policy {policy!r}; the policies are {', '.join(POLICIES)}")
+        self._policy = POLICIES[policy]
+        self._instances = {name: _Instance(name, role) for name, role in instances}
+        assert len(self._instances) == len(instances), f"instance names are not unique: {instances}"
+        self._trees = {role: PromptTree(block_size, tree_blocks, tree_ttl_s) for role in Role}
+        self._flights: dict[str, _Flight] = {}
+        self._turn = 0
+
+    def __len__(self) -> int:
+        """Requests on their way."""
+        return len(self._flights)
+
+    def load(self, instance: str) -> Load:
+        """A copy of what the router counts for an instance."""
+        return dataclasses.replace(self._instances[instance].load)
+
+    def route(self, request_id: str, tokens: Sequence[int], salt: str, now: float) -> Route:
+        """Choose instances for a request and count it there until ``on_finished``.
+
+        Raises Unavailable if no instance is ready.
+        """
+        assert request_id not in self._flights, f"request {request_id} is routed already"
+        ready = [instance for instance in self._instances.values() if instance.state is InstanceState.READY]
+        if not ready:
+            raise Unavailable("no instance is ready: all are draining or dead")
+        held: dict[str, int] = {}
+        for tree in self._trees.values():
+            held.update(tree.match(tokens, now, salt))
+        # Any instance can do either: the role only says who is asked first.
+        prefill = self._pick([i for i in ready if i.role.prefills] or ready, held, len(tokens), 1.0)
+        decode = prefill
+        if not prefill.role.decodes:
+            decoders = [instance for instance in ready if instance.role.decodes]
+            if decoders:
+                decode = self._pick(decoders, held, len(tokens), MOVED_TOKEN_COST)
+        cached = held.get(prefill.name, 0)
+        pending = len(tokens) - cached
+        self._turn += 1
+        self._flights[request_id] = _Flight(
+            tuple(tokens), salt, prefill, decode, prefill.load, decode.load, pending=pending
+        )
+        prefill.load.pending += pending
+        prefill.load.running += 1
+        if decode is not prefill:
+            decode.load.running += 1
+        return Route(prefill.name, decode.name, cached)
+
+    def on_first_token(self, request_id: str, now: float) -> None:
+        """The prompt is computed: the prefill instance has it cached. Unknown and repeated calls do nothing."""
+        flight = self._flights.get(request_id)
+        if flight is None or flight.started:
+            return
+        self._leave_prefill(flight)
+        flight.started = True
+        self._learn(flight.prefill, flight.prefill_load, flight.tokens, flight.salt, now)
+
+    def on_finished(self, request_id: str, tokens: Sequence[int], now: float) -> None:
+        """The request has ended, in whatever way; ``tokens`` are its prompt and output. Unknown ids do nothing.
+
+        What ended before its first token was perhaps never computed, so nothing is learnt from it.
+        """
+        flight = self._flights.pop(request_id, None)
+        if flight is None:
+            return
+        if flight.started:
+            # The last token was never fed back, so its keys and values were never computed.
+            self._learn(flight.decode, flight.decode_load, tokens[:-1], flight.salt, now)
+        else:
+            self._leave_prefill(flight)
+        flight.decode_load.running -= 1
+
+    def set_state(self, instance: str, state: InstanceState) -> None:
+        """Change whether an instance gets requests. A dead one loses its loads and its place in the trees."""
+        found = self._instances[instance]
+        found.state = state
+        if state is InstanceState.DEAD:
+            found.load = Load()
+            self._trees[found.role].remove_instance(instance)
+
+    def forget(self) -> None:
+        """Every instance has dropped its cache."""
+        for tree in self._trees.values():
+            tree.clear()
+
+    def check(self) -> None:
+        """Assert that the loads are the sums over the requests on their way. Slow: for tests."""
+        for instance in self._instances.values():
+            load = instance.load
+            prefills = [f for f in self._flights.values() if f.prefill_load is load and not f.started]
+            decodes = [f for f in self._flights.values() if f.decode_load is load]
+            running = len(decodes) + sum(f.decode_load is not load for f in prefills)
+            pending = sum(flight.pending for flight in prefills)
+            assert (load.pending, load.running) == (pending, running), (
+                f"{instance.name}: {load}, {pending=}, {running=}"
+            )
+        for tree in self._trees.values():
+            tree.check()
+
+    def _pick(
+        self, instances: Sequence[_Instance], held: dict[str, int], num_tokens: int, token_cost: float
+    ) -> _Instance:
+        candidates = []
+        for instance in instances:
+            cached = held.get(instance.name, 0)
+            load = instance.load
+            candidates.append(Candidate(instance.name, cached, num_tokens - cached, load.pending, load.running))
+        return self._instances[self._policy(View(tuple(candidates), self._turn, token_cost))]
+
+    def _leave_prefill(self, flight: _Flight) -> None:
+        flight.prefill_load.pending -= flight.pending
+        if flight.decode_load is not flight.prefill_load:
+            flight.prefill_load.running -= 1
+
+    def _learn(self, instance: _Instance, load: Load, tokens: Sequence[int], salt: str, now: float) -> None:
+        """The instance has these tokens cached, if it still is the life that computed them."""
+        if instance.load is load and instance.state is not InstanceState.DEAD:
+            self._trees[instance.role].insert(tokens, instance.name, now, salt)

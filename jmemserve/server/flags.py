@@ -1,0 +1,202 @@
+"""The command line of ``python -m jmemserve.serve``, and the file of ``--config``: one table for both. Pure."""
+
+import argparse
+import dataclasses
+import difflib
+import enum
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from jmemserve.config import ClusterSpec, EngineConfig, LoadFormat, Warmup, parse_mesh
+from jmemserve.errors import ConfigError
+
+OFF = "off"
+
+
+def default_cache_dir() -> str:
+    """Where compiled steps are kept between starts."""
+    return str(Path.home() / ".cache" / "jmemserve" / "xla")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Everything that the command line says."""
+
+    cluster: ClusterSpec
+    mesh: str  # as it was written
+    served_model_name: str
+    host: str
+    port: int  # 0: any free one
+    shutdown_timeout_s: float
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Flag:
+    """One setting: ``--max-model-len`` on the command line, ``max_model_len`` or ``max-model-len`` in a file."""
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def parse(self, value: Any) -> Any:
+        """The value of a text or a YAML scalar. Raises ConfigError that says what it must be."""
+        if value is None:
+            return self.default
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ConfigError(f"{self.option} must be {self._expected()}, not {value!r}")
+        try:
+            return self.kind(str(value))
+        except ValueError:
+            raise ConfigError(f"{self.option} must be {self._expected()}, not {value!r}") from None
+
+    def _expected(self) -> str:
+        if issubclass(self.kind, enum.Enum):
+            return "one of " + ", ".join(str(member.value) for member in self.kind)
+        return {int: "a whole number", float: "a number"}.get(self.kind, "a text")
+
+
+def _engine_flag(name: str, kind: type, help: str) -> _Flag:
+    """A flag whose default is that of EngineConfig."""
+    field = next(field for field in dataclasses.fields(EngineConfig) if field.name == name)
+    return _Flag(name, kind, field.default, help)
+
+
+_ENGINE = (
+    _engine_flag("model", str, "'demo', a Hugging Face folder, or a folder written by jmemserve.convert"),
+    _engine_flag("load_format", LoadFormat, "where weights come from; dummy: random, for benchmarks"),
+    _engine_flag("dtype", str, "of weights and KV: auto, float32 or bfloat16"),
+    _engine_flag("seed", int, "of dummy weights, and of requests that name no seed"),
+    _engine_flag("max_model_len", int, "tokens of prompt and output together; default: what the checkpoint allows"),
+    _engine_flag("block_size", int, "tokens per KV block"),
+    _engine_flag("memory_utilization", float, "share of device memory for weights and KV together"),
+    _engine_flag("kv_cache_tokens", int, "size of the KV pool in tokens, instead of --memory-utilization"),
+    _engine_flag("host_memory_gb", float, "size of the KV pool's part in host memory"),
+    _engine_flag("max_num_seqs", int, "sequences in one step of an instance"),
+    _engine_flag("max_num_batched_tokens", int, "new tokens in one step of an instance"),
+    _engine_flag("max_queue", int, "waiting requests before new ones are refused"),
+    _engine_flag("warmup", Warmup, "what is compiled before the server is ready"),
+    _Flag("compilation_cache_dir", str, default_cache_dir(), f"keeps compiled steps between starts; {OFF!r}: none"),
+)
+_SERVER = (
+    _Flag("mesh", str, "prefill+decode", "instances joined by '+', each [COUNTx]ROLE[:model=SIZE]"),
+    _Flag("served_model_name", str, None, "name that clients may give; default: --model's last part"),
+    _Flag("host", str, "127.0.0.1", "address to listen on"),
+    _Flag("port", int, 50051, "port to listen on; 0: any free one"),
+    _Flag("shutdown_timeout", float, 30.0, "seconds that requests in flight get to finish on SIGTERM or Ctrl-C"),
+)
+_FLAGS = {flag.name: flag for flag in (*_ENGINE, *_SERVER)}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are ConfigError, not an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[ServeConfig, bool]:
+    """The configuration, and whether it is only to be printed. Raises ConfigError; ``--help`` exits."""
+    parser = _Parser("python -m jmemserve.serve", description="Serve a model over gRPC.", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same settings; flags win over it")
+    parser.add_argument("--print-config", action="store_true", help="print every setting as YAML, and end")
+    for flag in _FLAGS.values():
+        default = "" if flag.default is None else f" (default: {_plain(flag.default)})"
+        choices = f" {{{','.join(str(m.value) for m in flag.kind)}}}" if issubclass(flag.kind, enum.Enum) else ""
+        text = (flag.help + choices + default).replace("%", "%%")
+        parser.add_argument(flag.option, dest=flag.name, default=argparse.SUPPRESS, metavar=_metavar(flag), help=text)
+    known, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        options = [flag.option for flag in _FLAGS.values()] + ["--config", "--print-config", "--help"]
+        raise ConfigError(f"there is no flag {unknown[0]!r}{_did_you_mean(unknown[0].split('=')[0], options)}")
+    given = vars(known)
+    path, only_print = given.pop("config"), given.pop("print_config")
+    return _make_config({**(read_config_file(Path(path)) if path else {}), **given}), only_print
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, by the names with underscores. Raises ConfigError."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path} must hold settings, one 'name: value' per line")
+    settings: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in _FLAGS:
+            raise ConfigError(f"--config {path}: there is no setting {str(key)!r}{_did_you_mean(name, _FLAGS)}")
+        if name in settings:
+            raise ConfigError(f"--config {path}: {name} is set twice")
+        settings[name] = value
+    return settings
+
+
+def dump_config(config: ServeConfig) -> str:
+    """YAML that ``--config`` reads back to the same configuration."""
+    engine = config.cluster.engine
+    values = {flag.name: _plain(getattr(engine, flag.name)) for flag in _ENGINE}
+    values["compilation_cache_dir"] = engine.compilation_cache_dir or OFF
+    values |= {"mesh": config.mesh, "served_model_name": config.served_model_name, "host": config.host}
+    values |= {"port": config.port, "shutdown_timeout": config.shutdown_timeout_s}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def make_engine_config(settings: Mapping[str, Any]) -> EngineConfig:
+    """An EngineConfig from named settings, as the command line would make it. Raises ConfigError."""
+    names = [flag.name for flag in _ENGINE]
+    for name in settings:
+        if name not in names:
+            raise ConfigError(f"there is no setting {name!r}{_did_you_mean(name, names)}")
+    values = {
+        flag.name: flag.parse(value.value if isinstance(value, enum.Enum) else value)
+        for flag in _ENGINE
+        for value in (settings.get(flag.name),)
+    }
+    if values["compilation_cache_dir"] == OFF:
+        values["compilation_cache_dir"] = None
+    return EngineConfig(**values)
+
+
+def _make_config(settings: Mapping[str, Any]) -> ServeConfig:
+    engine = make_engine_config({flag.name: settings[flag.name] for flag in _ENGINE if flag.name in settings})
+    server = {flag.name: flag.parse(settings.get(flag.name)) for flag in _SERVER}
+    if not 0 <= server["port"] <= 65535:
+        raise ConfigError(f"--port must be from 0 to 65535, not {server['port']}")
+    if not 0 <= server["shutdown_timeout"] <= 86400:
+        raise ConfigError(f"--shutdown-timeout must be from 0 to 86400 seconds, not {server['shutdown_timeout']}")
+    name = server["served_model_name"] or Path(engine.model).expanduser().resolve().name
+    cluster = ClusterSpec(parse_mesh(server["mesh"]), engine)
+    return ServeConfig(cluster, server["mesh"], name, server["host"], server["port"], server["shutdown_timeout"])
+
+
+def _did_you_mean(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else "; --help lists them all"
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _metavar(flag: _Flag) -> str:
+    if issubclass(flag.kind, enum.Enum):
+        return "KIND"
+    return {int: "N", float: "X"}.get(flag.kind, "TEXT")

@@ -1,0 +1,218 @@
+"""Between asyncio and the engine's threads: who waits for which request's events, and what state the server is in.
+
+    engine thread --on_events(all events of a step)--> call_soon_threadsafe, once --> _dispatch --> inbox of each call
+    call: submit -> await inbox -> everything that has piled up becomes one Turn -> ... -> leave
+
+Everything but ``on_events`` and ``on_failure`` runs on the loop's thread. An id is taken from submission to its final
+event, also when its caller has left: no event can reach a later request of the same id.
+"""
+
+import asyncio
+import enum
+import random
+import time
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from jmemserve.config import ClusterSpec
+from jmemserve.errors import DuplicateRequest, JmemserveError, Overloaded, Unavailable
+from jmemserve.server.generation import Generation
+from jmemserve.server.messages import Message
+from jmemserve.server.model import Model
+from jmemserve.types import Event, FinishReason, InstanceLoad, Request
+
+CALLS_PER_PLACE = 2  # calls in flight, per place in the engine's queue and batches: others are being tokenised or read
+
+
+class Cluster(Protocol):
+    """The part of the engine that serves; all of it thread-safe and quick, but for the last two."""
+
+    def submit(self, request: Request) -> None: ...
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool: ...
+
+    def loads(self) -> list[InstanceLoad]: ...
+
+    def reset_prefix_cache(self) -> bool: ...
+
+    def drain(self, timeout_s: float) -> bool: ...
+
+
+class State(enum.Enum):
+    """What the server is doing; it only moves down this list."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class _Call:
+    """The inbox of one Generate call."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []  # bounded by the tokens its outputs can have
+        self.wake = asyncio.Event()
+        self.submitted: set[str] = set()  # ids whose final event has not come
+
+
+class Frontend:
+    """Runs Generate calls on a cluster. Make it on the thread of the running loop."""
+
+    def __init__(self, spec: ClusterSpec):
+        self.spec = spec
+        self.state = State.LOADING
+        self.failure: BaseException | None = None
+        self.ended = asyncio.Event()  # set when the engine has failed
+        self._loop = asyncio.get_running_loop()
+        self._seeds = random.Random(spec.engine.seed)  # of requests that name no seed
+        engine = spec.engine
+        self._max_calls = CALLS_PER_PLACE * (engine.max_queue + engine.max_num_seqs * len(spec.instances))
+        self._cluster: Cluster | None = None
+        self._model: Model | None = None
+        self._calls: dict[str, _Call] = {}  # by the caller's request id
+        self._owners: dict[str, _Call | None] = {}  # by the engine's id; None: the caller has left
+
+    @property
+    def num_calls(self) -> int:
+        return len(self._calls)
+
+    @property
+    def model(self) -> Model:
+        """The served model; raises Unavailable while loading."""
+        if self._model is None:
+            raise Unavailable("the server is still loading; try again in a few seconds")
+        return self._model
+
+    def open(self, cluster: Cluster, model: Model) -> None:
+        """Begin to accept requests, unless the engine has failed or draining has begun already."""
+        self._cluster, self._model = cluster, model
+        if self.state is State.LOADING:
+            self.state = State.SERVING
+
+    def check_open(self) -> None:
+        """Raise Unavailable, with the reason, unless requests are accepted; Overloaded if there are too many."""
+        if self.state is State.LOADING:
+            raise Unavailable("the server is still loading; try again in a few seconds")
+        if self.state is State.DRAINING:
+            raise Unavailable("the server is shutting down; try another one")
+        if self.state is State.FAILED:
+            raise Unavailable("the engine has failed; the server is about to end")
+        if len(self._calls) >= self._max_calls:
+            raise Overloaded(f"{len(self._calls)} calls are in flight, which is the limit; try again later")
+
+    def draw_seed(self) -> int:
+        """A seed for a request that names none."""
+        return self._seeds.getrandbits(63)
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[tuple[Message, ...]]:
+        """Yield the messages of ``generation`` as they come, all of one moment together, until every output has ended.
+
+        Closing the iterator early aborts what is left. Raises, before the first yield only, what submission raises.
+        """
+        self.check_open()
+        assert self._cluster is not None, f"{self.state} without a cluster"
+        call = self._enter(generation)
+        try:
+            self._submit(call, generation.begin())
+            while not generation.done:
+                await call.wake.wait()
+                call.wake.clear()
+                events, call.events = call.events, []
+                turn = generation.take(events)
+                for id in turn.abort:
+                    self._cluster.abort(id, FinishReason.STOP)
+                messages = list(turn.messages)
+                for request in turn.submit:
+                    try:
+                        self._submit(call, request)
+                    except JmemserveError as error:
+                        messages.append(generation.refuse(request, error))
+                if messages:
+                    yield tuple(messages)
+        finally:
+            late = generation.deadline is not None and time.monotonic() >= generation.deadline
+            self._leave(generation, call, FinishReason.DEADLINE if late else FinishReason.ABORT)
+
+    def abort(self, request_id: str) -> bool:
+        """End every output of a call. Returns whether it was in flight."""
+        call = self._calls.get(request_id)
+        if call is None or self._cluster is None:
+            return False
+        for id in list(call.submitted):
+            self._cluster.abort(id, FinishReason.ABORT)
+        return True
+
+    def loads(self) -> list[InstanceLoad]:
+        """The load of every instance; empty while loading."""
+        return [] if self._cluster is None else self._cluster.loads()
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix that no request holds."""
+        self.check_open()
+        assert self._cluster is not None, f"{self.state} without a cluster"
+        return await asyncio.to_thread(self._cluster.reset_prefix_cache)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new calls, finish those in flight, abort what is left after ``timeout_s``. True if nothing was."""
+        if self.state in (State.LOADING, State.SERVING):
+            self.state = State.DRAINING
+        if self._cluster is None or self.state is State.FAILED:
+            return True
+        return await asyncio.to_thread(self._cluster.drain, timeout_s)
+
+    def on_events(self, events: list[Event]) -> None:
+        """News of a step; called from the engine's threads."""
+        try:
+            self._loop.call_soon_threadsafe(self._dispatch, events)
+        except RuntimeError:  # the loop is closed: nobody is left to hear it
+            pass
+
+    def on_failure(self, failure: BaseException) -> None:
+        """An engine thread has died; called from the engine's threads."""
+        try:
+            self._loop.call_soon_threadsafe(self._fail, failure)
+        except RuntimeError:
+            pass
+
+    def _fail(self, failure: BaseException) -> None:
+        self.failure = self.failure or failure  # the first one is the cause
+        self.state = State.FAILED
+        self.ended.set()
+
+    def _dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            call = self._owners.get(event.request_id)
+            if event.finish is not None:
+                self._owners.pop(event.request_id, None)
+            if call is None:
+                continue
+            if event.finish is not None:
+                call.submitted.discard(event.request_id)
+            call.events.append(event)
+            call.wake.set()
+
+    def _enter(self, generation: Generation) -> _Call:
+        for id in (generation.request_id, *generation.ids):
+            if id in self._owners or id in self._calls:
+                raise DuplicateRequest(f"a request with id {generation.request_id!r} is in flight; choose another id")
+        call = _Call()
+        self._calls[generation.request_id] = call
+        self._owners.update(dict.fromkeys(generation.ids, call))
+        return call
+
+    def _submit(self, call: _Call, request: Request) -> None:
+        assert self._cluster is not None, f"{self.state} without a cluster"
+        self._cluster.submit(request)
+        call.submitted.add(request.id)
+
+    def _leave(self, generation: Generation, call: _Call, reason: FinishReason) -> None:
+        del self._calls[generation.request_id]
+        for id in generation.ids:
+            if id not in call.submitted:
+                if self._owners.get(id) is call:
+                    del self._owners[id]
+                continue
+            self._owners[id] = None  # until its final event
+            assert self._cluster is not None, f"{self.state} without a cluster"
+            self._cluster.abort(id, reason)

@@ -1,0 +1,67 @@
+"""The gRPC server: services, health and reflection on one port, and the channel options of both ends."""
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from jmemserve.errors import Unavailable
+from jmemserve.server import jmemserve_pb2 as pb
+from jmemserve.server import jmemserve_pb2_grpc as pb_grpc
+from jmemserve.server.frontend import Frontend, State
+from jmemserve.server.service import MAX_REQUEST_BYTES, ControlService, InferenceService
+
+INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+CONTROL = pb.DESCRIPTOR.services_by_name["Control"].full_name
+MAX_RESPONSE_BYTES = 64 << 20
+_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+    # Clients may ping idle connections, as proxies want; the default punishes them with "too many pings".
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    # Another server on the same port is an error, not a partner.
+    ("grpc.so_reuseport", 0),
+)
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class GrpcServer:
+    """Listens from ``start`` to ``stop``. ``publish`` tells health what the front-end's state is."""
+
+    def __init__(self, frontend: Frontend):
+        self._frontend = frontend
+        self._health = health_aio.HealthServicer()
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        pb_grpc.add_InferenceServicer_to_server(InferenceService(frontend), self._server)
+        pb_grpc.add_ControlServicer_to_server(ControlService(frontend), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (INFERENCE, CONTROL, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+
+    async def start(self, host: str, port: int) -> int:
+        """Open the port (0: any free one) and return it. Raises Unavailable if it cannot be had."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            bound = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise Unavailable(
+                f"cannot listen on {address}: the port is in use or the host is not this machine's; try another --port"
+            ) from error
+        await self.publish()
+        await self._server.start()
+        return bound
+
+    async def publish(self) -> None:
+        """Make health say what the front-end's state is, also to those who watch."""
+        ready = _SERVING if self._frontend.state is State.SERVING else _NOT_SERVING
+        await self._health.set("", ready)
+        await self._health.set(INFERENCE, ready)
+        await self._health.set(CONTROL, _SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Give streams ``grace_s`` to end, then cancel them, and close the port."""
+        await self._server.stop(grace_s)

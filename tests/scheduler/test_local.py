@@ -1,0 +1,203 @@
+"""Continuous batching against a one-at-a-time truth, with one flight in the air, on a device that is a dictionary."""
+
+import dataclasses
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jmemserve.kvpool import MemPool
+from jmemserve.scheduler.local import LocalScheduler
+from jmemserve.scheduler.plan import Plan, StepShape, smallest, step_shapes
+from jmemserve.scheduler.sequence import Sequence, State
+from jmemserve.types import FinishReason, Request, SamplingParams
+
+BLOCK = 4
+STOP = 7
+
+
+def next_token(prefix: list[int]) -> int:
+    """A model: the next token depends on everything before it."""
+    return hash((len(prefix), *prefix)) % 23
+
+
+def truth(prompt: list[int], max_tokens: int) -> tuple[list[int], FinishReason]:
+    tokens: list[int] = []
+    while len(tokens) < max_tokens:
+        token = next_token(prompt + tokens)
+        if token == STOP:
+            return tokens, FinishReason.STOP
+        tokens.append(token)
+    return tokens, FinishReason.LENGTH
+
+
+class Device:
+    """Pages as a dictionary of slots; a step writes tokens, then reads each row's whole prefix back from its pages."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, int] = {}
+        self.last: list[int] = []
+
+    def launch(self, plan: Plan) -> list[int]:
+        lengths = [piece.length for piece in plan.slices]
+        assert sum(lengths) <= plan.shape.tokens and len(lengths) <= plan.shape.seqs, (plan.shape, lengths)
+        sampled = []
+        for piece in plan.slices:
+            seq, stop = piece.sequence, piece.start + piece.length
+            tokens = seq.tokens[piece.start : stop]
+            if piece.promised_row >= 0:
+                tokens = [*tokens, self.last[piece.promised_row]]
+            assert len(tokens) == piece.length, (tokens, piece)
+            assert stop <= len(seq.blocks) * BLOCK and seq.table == [block.index for block in seq.blocks]
+            for place, token in enumerate(tokens, piece.start):
+                self.slots[seq.table[place // BLOCK] * BLOCK + place % BLOCK] = token
+            prefix = [self.slots[seq.table[place // BLOCK] * BLOCK + place % BLOCK] for place in range(stop)]
+            sampled.append(next_token(prefix))
+        self.last = sampled
+        return sampled
+
+
+def make_seq(number: int, prompt: list[int], max_tokens: int, salt: str = "") -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens)
+    request = Request(str(number), tuple(prompt), params, 0, frozenset([STOP]), salt, arrival=float(number))
+    return Sequence(request, list(prompt))
+
+
+def shapes_of(max_seqs: int, max_tokens: int) -> tuple[StepShape, ...]:
+    return step_shapes(True, True, max_seqs, max_tokens)
+
+
+@dataclasses.dataclass
+class World:
+    num_blocks: int
+    max_seqs: int
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        self.pool = MemPool("a", 1, self.num_blocks, BLOCK)
+        self.scheduler = LocalScheduler(self.pool, shapes_of(self.max_seqs, self.max_tokens))
+        self.device = Device()
+        self.flight: tuple[Plan, list[int]] | None = None
+        self.out: dict[str, list[int]] = {}
+        self.ends: dict[str, FinishReason] = {}
+
+    def step(self) -> None:
+        plan = self.scheduler.plan(0.0)
+        following = (plan, self.device.launch(plan)) if plan else None
+        if self.flight:
+            for seq, token, finish in self.scheduler.commit(*self.flight, 1.0):
+                if token >= 0:
+                    self.out.setdefault(seq.request.id, []).append(token)
+                if finish:
+                    self.ends[seq.request.id] = finish
+        self.flight = following
+        self.pool.check()
+        for seq in self.scheduler.sequences():
+            assert 0 <= seq.computed <= seq.known, (seq.computed, seq.known)
+            assert seq.computed <= len(seq.blocks) * BLOCK
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.flight or self.scheduler.running or self.scheduler.waiting)
+
+
+requests = st.lists(
+    st.tuples(
+        st.sampled_from([0, 4, 11]),  # tokens of a prefix that all share
+        st.lists(st.integers(0, 22), min_size=1, max_size=17),
+        st.integers(1, 12),
+        st.integers(0, 6),  # steps before it comes
+    ),
+    min_size=1,
+    max_size=9,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(requests, st.integers(11, 30), st.integers(1, 5), st.integers(6, 24))
+def test_every_request_gets_what_it_would_get_alone(reqs, num_blocks: int, max_seqs: int, max_tokens: int) -> None:
+    world = World(num_blocks, max_seqs, max(max_tokens, max_seqs + 1))
+    shared = list(range(11))
+    for number, (prefix, own, limit, delay) in enumerate(reqs):
+        for _ in range(delay):
+            world.step()
+        world.scheduler.submit(make_seq(number, shared[:prefix] + own, limit))
+    for _ in range(2000):
+        if not world.busy:
+            break
+        world.step()
+    assert not world.busy, "somebody starves"
+    for number, (prefix, own, limit, _) in enumerate(reqs):
+        tokens, finish = truth(shared[:prefix] + own, limit)
+        assert world.out.get(str(number), []) == tokens
+        assert world.ends[str(number)] is finish
+    assert world.pool.held == 0, world.pool
+
+
+@settings(max_examples=60, deadline=None)
+@given(requests, st.data())
+def test_an_abort_at_any_moment_gives_everything_back(reqs, data: st.DataObject) -> None:
+    world = World(14, 3, 9)
+    seqs = [make_seq(n, list(range(11))[:prefix] + own, limit) for n, (prefix, own, limit, _) in enumerate(reqs)]
+    for seq in seqs:
+        world.scheduler.submit(seq)
+    for _ in range(60):
+        world.step()
+        if data.draw(st.booleans()):
+            alive = [seq for seq in seqs if seq.state is not State.FINISHED]
+            if alive:
+                world.scheduler.finish(data.draw(st.sampled_from(alive)))
+                world.pool.check()
+    for seq in seqs:
+        if seq.state is not State.FINISHED:
+            world.scheduler.finish(seq)
+    world.step()
+    assert world.pool.held == 0, world.pool
+
+
+def test_a_second_request_computes_only_what_is_new() -> None:
+    world = World(30, 2, 16)
+    world.scheduler.submit(make_seq(0, list(range(13)), 2))
+    while world.busy:
+        world.step()
+    again = make_seq(1, list(range(13)), 2)
+    world.scheduler.submit(again)
+    plan = world.scheduler.plan(0.0)
+    assert plan is not None and plan.slices[0].length == 1 and again.cached_tokens == 12
+
+
+def test_salts_share_nothing() -> None:
+    world = World(30, 2, 16)
+    world.scheduler.submit(make_seq(0, list(range(13)), 2, "a"))
+    while world.busy:
+        world.step()
+    other = make_seq(1, list(range(13)), 2, "b")
+    world.scheduler.submit(other)
+    world.step()
+    assert other.cached_tokens == 0
+
+
+def test_decoding_goes_on_beside_a_long_prompt() -> None:
+    world = World(100, 4, 8)
+    world.scheduler.submit(make_seq(0, [1, 2], 40))
+    world.step()
+    world.scheduler.submit(make_seq(1, list(range(20)) * 3, 2))
+    for _ in range(5):
+        plan = world.scheduler.plan(0.0)
+        assert plan is not None and {piece.length for piece in plan.slices} == {1, 7}, plan
+        sampled = world.device.launch(plan)
+        if world.flight:
+            world.scheduler.commit(*world.flight, 0.0)
+        world.flight = (plan, sampled)
+
+
+def test_shapes() -> None:
+    both = shapes_of(16, 512)
+    assert StepShape(1, 1) in both and StepShape(16, 16) in both and StepShape(512, 16) in both
+    assert len(both) <= 12
+    assert smallest(both, [1, 1, 1]) == StepShape(4, 4)
+    assert smallest(both, [2]) == StepShape(64, 16)
+    assert smallest(both, [600]) is None
+    only_decode = step_shapes(True, False, 8, 512)
+    assert [shape for shape in only_decode if shape.tokens != shape.seqs] == [StepShape(64, 8)]
+    only_prefill = step_shapes(False, True, 8, 512)
+    assert smallest(only_prefill, [1] * 8) is not None
