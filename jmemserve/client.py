@@ -33,6 +33,8 @@ OPTIONS = (
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # The address says where the server is; a proxy for the web, set in the environment, would not find this machine.
+    ("grpc.enable_http_proxy", 0),
 )
 
 

@@ -35,7 +35,7 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 after an error (a sentence on stderr), 130 after Ctrl-C (the request is cancelled)."""
+    """Return the exit code: 0; 1 after an error, with a sentence; 130 after Ctrl-C, which cancels the request."""
     arguments = _parser().parse_args(argv)
     try:
         with Client(arguments.address) as client:

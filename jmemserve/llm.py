@@ -86,7 +86,7 @@ class LLM:
         return [output for generation in generations for output in fold(messages[generation.request_id])]
 
     def _prepare(
-        self, prompts: Sequence[str] | Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
+        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Generation]:
         """A generation per prompt, each checked."""
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
@@ -96,7 +96,7 @@ class LLM:
         for prompt, own in zip(prompts, each, strict=True):
             if isinstance(prompt, str) and not prompt:
                 raise InvalidRequest("the prompt is empty; give some text")
-            tokens = self._model.encode_text(prompt) if isinstance(prompt, str) else tuple(map(int, prompt))
+            tokens = self._model.encode_text(prompt) if isinstance(prompt, str) else tuple(prompt)
             name, seed = f"llm-{next(self._numbers)}", self._seeds.getrandbits(63)
             generations.append(Generation(self._model, name, tokens, own, seed, arrival=time.monotonic()))
         return generations

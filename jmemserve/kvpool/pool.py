@@ -216,7 +216,7 @@ class MemPool:
         """
         blocks = self._index.find(tokens, salt, limit)
         self._ledger.hold(blocks)
-        return Match(self, [self.address(block) for block in blocks], len(blocks) * self.block_size)
+        return Match(self, list(map(self.address, blocks)), len(blocks) * self.block_size)
 
     def peek(self, tokens: Tokens, salt: str = "") -> int:
         """How many tokens ``match`` would find. Holds nothing and changes nothing, not even the order of eviction."""

@@ -37,14 +37,14 @@ async def run(config: ServeConfig, report: Report) -> int:
     server = GrpcServer(frontend)
     stop = _catch_signals()
     port = await server.start(config.host, config.port)
-    address = f"[{config.host}]:{port}" if ":" in config.host else f"{config.host}:{port}"
+    address = _address(config.host, port)
     report.line(f"jmemserve listens on {address} and loads {config.served_model_name!r} on {config.mesh}")
     if not config.is_loopback:
         report.line(f"warning: other machines can reach {config.host}, and there is no TLS and no login")
     try:
         cluster = await _load(config, report, frontend, stop)
         await server.publish()
-        report.line(_how_to_call(address, frontend.model.text is not None))
+        report.line(_how_to_call(config.host, port, frontend.model.text is not None))
         await _first_of(stop.wait(), frontend.ended.wait())
         if frontend.failure is None:
             await _drain(config, report, frontend, server, stop)
@@ -87,6 +87,7 @@ async def _drain(
     await server.publish()
     await _first_of(draining, stop.wait(), frontend.ended.wait())
     if stop.is_set():
+        await server.stop(0)  # streams end with a status, not with a broken connection
         _leave_at_once()
 
 
@@ -148,6 +149,12 @@ def _print_failure(failure: BaseException) -> None:
     sys.stderr.flush()
 
 
-def _how_to_call(address: str, has_text: bool) -> str:
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _how_to_call(host: str, port: int, has_text: bool) -> str:
+    # A server that listens everywhere is called by one of its addresses.
+    address = _address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
     prompt = '--prompt "Once upon a time"' if has_text else "--tokens 1,2,3"
     return f"ready; try:\n  {sys.executable} -m jmemserve.client --address {address} {prompt} --max-tokens 64"

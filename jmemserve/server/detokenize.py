@@ -13,8 +13,8 @@ from jmemserve.errors import InvalidRequest
 
 MAX_STOP_LENGTH = 512  # characters: bounds the text that is held back, and the work per token
 _REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
-_CONTEXT = 6  # tokens of the prompt that the first token's text may depend on
 _LONGEST_CHARACTER = 4  # tokens: a UTF-8 character has at most four bytes, and a token at least one
+_CONTEXT = 10  # tokens of the prompt to look at: parts of two characters, and a whole one between them
 _HELD = 8  # tokens held before we look for those that can no longer become part of a character
 
 
@@ -27,7 +27,7 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int]):
         self._decode = decode
-        self._window = list(prompt[-_CONTEXT:])  # tokens from ``prefix`` on
+        self._window = _context(decode, prompt)  # tokens from ``prefix`` on
         self._read = len(self._window)
         # A prompt may end inside a character; the token that completes it yields the whole character.
         self._before = decode(self._window).rstrip(_REPLACEMENT) if self._window else ""
@@ -109,6 +109,15 @@ class StopMatcher:
         """What was held back, when nothing follows."""
         held, self._held = self._held, ""
         return held
+
+
+def _context(decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt, from the start of a character on."""
+    tokens = list(prompt[-_CONTEXT:])
+    for start in range(min(_LONGEST_CHARACTER, len(tokens))):
+        if not decode(tokens[start:]).startswith(_REPLACEMENT):
+            return tokens[start:]
+    return tokens
 
 
 def _overlap(text: str, stop: str) -> int:

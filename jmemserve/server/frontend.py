@@ -8,10 +8,11 @@ event, also when its caller has left: no event can reach a later request of the 
 """
 
 import asyncio
+import contextlib
 import enum
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Protocol
 
 from jmemserve.config import ClusterSpec
@@ -21,6 +22,7 @@ from jmemserve.server.messages import Message
 from jmemserve.server.model import Model
 from jmemserve.types import Event, FinishReason, InstanceLoad, Request
 
+LOADING = "the server is still loading; try again in a few seconds"
 CALLS_PER_PLACE = 2  # calls in flight, per place in the engine's queue and batches: others are being tokenised or read
 
 
@@ -70,18 +72,20 @@ class Frontend:
         self._max_calls = CALLS_PER_PLACE * (engine.max_queue + engine.max_num_seqs * len(spec.instances))
         self._cluster: Cluster | None = None
         self._model: Model | None = None
+        self._admitted = 0  # calls between their arrival and their end, in whatever state
         self._calls: dict[str, _Call] = {}  # by the caller's request id
         self._owners: dict[str, _Call | None] = {}  # by the engine's id; None: the caller has left
 
     @property
     def num_calls(self) -> int:
-        return len(self._calls)
+        """Calls in flight."""
+        return self._admitted
 
     @property
     def model(self) -> Model:
         """The served model; raises Unavailable while loading."""
         if self._model is None:
-            raise Unavailable("the server is still loading; try again in a few seconds")
+            raise Unavailable(LOADING)
         return self._model
 
     def open(self, cluster: Cluster, model: Model) -> None:
@@ -90,16 +94,25 @@ class Frontend:
         if self.state is State.LOADING:
             self.state = State.SERVING
 
-    def check_open(self) -> None:
-        """Raise Unavailable, with the reason, unless requests are accepted; Overloaded if there are too many."""
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """Count a call while it lasts. Raises Unavailable unless requests are accepted, Overloaded if too many are."""
+        self._check_open()
+        if self._admitted >= self._max_calls:
+            raise Overloaded(f"{self._admitted} calls are in flight, which is the limit; try again later")
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+
+    def _check_open(self) -> None:
         if self.state is State.LOADING:
-            raise Unavailable("the server is still loading; try again in a few seconds")
+            raise Unavailable(LOADING)
         if self.state is State.DRAINING:
             raise Unavailable("the server is shutting down; try another one")
         if self.state is State.FAILED:
             raise Unavailable("the engine has failed; the server is about to end")
-        if len(self._calls) >= self._max_calls:
-            raise Overloaded(f"{len(self._calls)} calls are in flight, which is the limit; try again later")
 
     def draw_seed(self) -> int:
         """A seed for a request that names none."""
@@ -110,7 +123,7 @@ class Frontend:
 
         Closing the iterator early aborts what is left. Raises, before the first yield only, what submission raises.
         """
-        self.check_open()
+        self._check_open()
         assert self._cluster is not None, f"{self.state} without a cluster"
         call = self._enter(generation)
         try:
@@ -149,7 +162,7 @@ class Frontend:
 
     async def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix that no request holds."""
-        self.check_open()
+        self._check_open()
         assert self._cluster is not None, f"{self.state} without a cluster"
         return await asyncio.to_thread(self._cluster.reset_prefix_cache)
 

@@ -5,12 +5,13 @@ that are supported: grpcio-tools 1.72, whose compiler is protobuf 30 (6.30 in Py
 """
 
 import sys
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 from jmemserve.errors import ConfigError
 
 PROTO = "jmemserve/server/jmemserve.proto"
+COMPILER = "1.72."
 
 
 def run_protoc(arguments: list[str]) -> None:
@@ -30,8 +31,14 @@ def main() -> int:
     """Write jmemserve_pb2.py, jmemserve_pb2.pyi and jmemserve_pb2_grpc.py next to the proto."""
     root = Path(__file__).parents[2]
     try:
+        have = metadata.version("grpcio-tools")
+        if not have.startswith(COMPILER):
+            raise ConfigError(
+                f"grpcio-tools {have} would make code that needs newer libraries than pyproject.toml asks for; "
+                f"try: pip install 'grpcio-tools=={COMPILER}*'"
+            )
         run_protoc([f"--python_out={root}", f"--pyi_out={root}", f"--grpc_python_out={root}"])
-    except ConfigError as error:
+    except (ConfigError, metadata.PackageNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

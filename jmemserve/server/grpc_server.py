@@ -1,5 +1,7 @@
 """The gRPC server: services, health and reflection on one port, and the channel options of both ends."""
 
+import socket
+
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
@@ -44,13 +46,12 @@ class GrpcServer:
 
     async def start(self, host: str, port: int) -> int:
         """Open the port (0: any free one) and return it. Raises Unavailable if it cannot be had."""
+        _check_address(host, port)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             bound = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise Unavailable(
-                f"cannot listen on {address}: the port is in use or the host is not this machine's; try another --port"
-            ) from error
+            raise Unavailable(f"cannot listen on {address}: {error}") from error
         await self.publish()
         await self._server.start()
         return bound
@@ -65,3 +66,13 @@ class GrpcServer:
     async def stop(self, grace_s: float) -> None:
         """Give streams ``grace_s`` to end, then cancel them, and close the port."""
         await self._server.stop(grace_s)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise Unavailable, in words, if the address cannot be had; gRPC itself would write lines of its own first."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise Unavailable(f"cannot listen on {host} port {port}: {reason}; try another --host or --port") from error

@@ -73,16 +73,16 @@ class InferenceService(pb_grpc.InferenceServicer):
         arrival = time.monotonic()
         remaining_s = context.time_remaining()
         deadline = None if remaining_s is None else arrival + remaining_s
-        self._frontend.check_open()
-        generation = await self._prepare(request, arrival, deadline)
-        if deadline is not None and time.monotonic() >= deadline:
-            raise DeadlineExceeded("the deadline passed before the request could begin")
-        # Cancelling the call, by the client or by its deadline, cancels this coroutine; closing the iterator then
-        # aborts what is left in the engine.
-        async with contextlib.aclosing(self._frontend.generate(generation)) as turns:
-            async for messages in turns:
-                for message in messages:
-                    await context.write(wire.message_to_wire(message))
+        with self._frontend.admit():
+            generation = await self._prepare(request, arrival, deadline)
+            if deadline is not None and time.monotonic() >= deadline:
+                raise DeadlineExceeded("the deadline passed before the request could begin")
+            # Cancelling the call, by the client or by its deadline, cancels this coroutine; closing the iterator then
+            # aborts what is left in the engine.
+            async with contextlib.aclosing(self._frontend.generate(generation)) as turns:
+                async for messages in turns:
+                    for message in messages:
+                        await context.write(wire.message_to_wire(message))
 
     async def _prepare(self, request: pb.GenerateRequest, arrival: float, deadline: float | None) -> Generation:
         model = self._frontend.model
@@ -119,11 +119,12 @@ class InferenceService(pb_grpc.InferenceServicer):
         kind = request.WhichOneof("input")
         if kind is None:
             raise InvalidRequest("nothing to tokenise; set text or messages")
-        if kind == "messages":
-            return pb.TokenizeResponse(token_ids=await _encode_chat(model, request.messages))
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-        encode = functools.partial(model.encode_text, request.text, special)
-        return pb.TokenizeResponse(token_ids=await _encode(len(request.text), encode))
+        with self._frontend.admit():
+            if kind == "messages":
+                return pb.TokenizeResponse(token_ids=await _encode_chat(model, request.messages))
+            encode = functools.partial(model.encode_text, request.text, special)
+            return pb.TokenizeResponse(token_ids=await _encode(len(request.text), encode))
 
     @_statuses
     async def Detokenize(self, request: pb.DetokenizeRequest, context: ServicerContext) -> pb.DetokenizeResponse:
@@ -131,7 +132,8 @@ class InferenceService(pb_grpc.InferenceServicer):
         model.check_tokens(request.token_ids)
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         decode = functools.partial(model.need_text().decode, request.token_ids, skip)
-        return pb.DetokenizeResponse(text=await _encode(len(request.token_ids), decode))
+        with self._frontend.admit():
+            return pb.DetokenizeResponse(text=await _encode(len(request.token_ids), decode))
 
     @_statuses
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: ServicerContext) -> pb.GetModelInfoResponse:

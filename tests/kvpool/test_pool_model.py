@@ -1,5 +1,8 @@
 """MemPool driven by random operations against a dictionary, with ``check()`` after each."""
 
+import inspect
+from random import Random
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
@@ -111,6 +114,26 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.insert(tokens, addresses, salt) == expected
 
     @rule(tokens=prompts, salt=salts)
+    def serve(self, tokens: tuple[int, ...], salt: str) -> None:
+        """What a request does: match, allocate what lacks, index the whole blocks."""
+        count = len(tokens) // C
+        with self.pool.match(tokens, salt) as lease:
+            found = list(lease.addresses)
+            assert found == self.expected(tokens, salt)
+            if count - len(found) > self.pool.room():
+                return self.drop_living_from_past()
+            addresses = lease.take()
+        self.given.append((addresses, (-1,), ""))
+        fresh = self.pool.alloc_mem(count - len(found))
+        assert not set(fresh) & set(self.past), "an old address came back"
+        addresses += fresh
+        self.forget_evicted()
+        duplicates = self.pool.insert(tokens, addresses, salt)
+        keys = self.prefixes(tokens, salt, count)
+        expected = [a for key, a in zip(keys, addresses, strict=True) if self.index.setdefault(key, a) != a]
+        assert duplicates == expected
+
+    @rule(tokens=prompts, salt=salts)
     def match(self, tokens: tuple[int, ...], salt: str) -> None:
         expected = self.expected(tokens, salt)
         assert self.pool.peek(tokens, salt) == len(expected) * C
@@ -203,6 +226,55 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.free_mem(addresses)
         self.pool.check()
         assert self.pool.held == 0
+
+
+def test_a_long_life():
+    """The same rules by the thousand, in the proportions of a busy server: much is served, little is forgotten."""
+    random = Random(0)
+    steps = evicted = above_held = 0
+    for life in range(40):
+        machine = PoolMachine()
+        machine.start(num_blocks=random.randint(1, 14))
+        subtrees = machine.pool._index.pop_oldest_subtrees
+
+        def count_subtrees(subtrees=subtrees):
+            nonlocal above_held
+            above_held += 1
+            return subtrees()
+
+        machine.pool._index.pop_oldest_subtrees = count_subtrees
+        rules = {
+            machine.serve: 8,
+            machine.alloc: 3,
+            machine.insert: 3,
+            machine.insert_again: 1,
+            machine.match: 3,
+            machine.release: 3,
+            machine.take: 1,
+            machine.free: 9,
+            machine.delete: 1,
+            machine.misuse: 2,
+        }
+        for step in range(250):
+            call = random.choices(list(rules), list(rules.values()))[0]
+            if step == 200 + life:
+                call = machine.clear
+            arguments = {
+                "tokens": tuple(random.choices((0, 1), k=random.randint(0, 9))),
+                "salt": random.choice(("", "", "b")),
+                "pick": random.randint(0, 99),
+                "n": random.randint(0, 5),
+                "times": random.randint(1, 2),
+                "cut": random.choice((0, 0, 0, 1, 2)),
+                "with_good": random.random() < 0.5,
+            }
+            wanted = inspect.signature(call).parameters
+            call(**{name: value for name, value in arguments.items() if name in wanted})
+            machine.agrees()
+            steps += 1
+        evicted += machine.pool.stats().evictions
+        machine.teardown()
+    assert steps == 10_000 and evicted > 500 and above_held > 3, f"{steps=}, {evicted=}, {above_held=}"
 
 
 TestPoolMachine = PoolMachine.TestCase

@@ -1,0 +1,214 @@
+"""The router: where requests go, and that its counters always come back to zero."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from jmemserve.config import Role
+from jmemserve.errors import ConfigError, Unavailable
+from jmemserve.scheduler.policies import POLICIES, Candidate, View, longest_prefix
+from jmemserve.scheduler.router import InstanceState, Load, Router
+
+PD = [("prefill0", Role.PREFILL), ("prefill1", Role.PREFILL), ("decode0", Role.DECODE), ("decode1", Role.DECODE)]
+MIXED = [("prefill0", Role.PREFILL), ("colocated0", Role.COLOCATED), ("decode0", Role.DECODE)]
+C = 4
+
+
+def serve(router, request_id, tokens, output=(9, 9, 9, 9, 9), now=0.0):
+    """One whole request; returns its route."""
+    route = router.route(request_id, tokens, "", now)
+    router.on_first_token(request_id, now)
+    router.on_finished(request_id, (*tokens, *output), now)
+    return route
+
+
+def test_a_request_gets_one_of_each_role():
+    route = Router(PD, C).route("r", [1, 2, 3], "", 0.0)
+    assert (route.prefill, route.decode, route.predicted_cached_tokens) == ("prefill0", "decode0", 0)
+
+
+def test_colocated_prefills_and_decodes_at_one_place():
+    router = Router([("colocated0", Role.COLOCATED), ("colocated1", Role.COLOCATED)], C)
+    for number in range(4):
+        route = router.route(f"r{number}", [number], "", 0.0)
+        assert route.prefill == route.decode == f"colocated{number % 2}"
+
+
+def test_a_colocated_instance_that_prefills_decodes_too():
+    router = Router(MIXED, C)
+    routes = [router.route(f"r{number}", [*range(200)], "", 0.0) for number in range(20)]
+    assert {route.prefill for route in routes} == {"prefill0", "colocated0"}
+    assert all(route.decode == "colocated0" for route in routes if route.prefill == "colocated0")
+    assert "decode0" in {route.decode for route in routes}
+
+
+def test_a_prefix_is_followed_on_both_sides():
+    router = Router(PD, C)
+    router.route("busy", [*range(500, 600)], "", 0.0)
+    first = serve(router, "a", [*range(100)])
+    assert (first.prefill, first.decode) == ("prefill1", "decode1")
+    router.on_finished("busy", (), 0.0)
+    second = serve(router, "b", [*range(100), 7, 7])
+    assert (second.prefill, second.decode, second.predicted_cached_tokens) == ("prefill1", "decode1", 100)
+    router.forget()
+    assert serve(router, "c", [*range(100), 7, 7]).predicted_cached_tokens == 0
+
+
+def test_the_prefill_side_learns_the_prompt_and_the_decode_side_the_answer():
+    router = Router([("prefill0", Role.PREFILL), ("decode0", Role.DECODE)], C)
+    serve(router, "a", [*range(8)], [*range(8, 17)])
+    assert serve(router, "b", [*range(17)]).predicted_cached_tokens == 8
+    assert router._trees[Role.DECODE].match([*range(18)], 0.0) == {"decode0": 16}
+
+
+def test_what_never_started_is_not_believed_cached():
+    router = Router(PD, C)
+    router.route("a", [*range(100)], "", 0.0)
+    router.on_finished("a", [*range(100)], 0.0)
+    assert router.route("b", [*range(100)], "", 0.0).predicted_cached_tokens == 0
+
+
+def test_salts_do_not_share():
+    router = Router(PD, C)
+    serve(router, "a", [*range(100)])
+    assert router.route("b", [*range(100)], "salt", 0.0).predicted_cached_tokens == 0
+
+
+def test_beliefs_end():
+    router = Router(PD, C, tree_ttl_s=60.0)
+    serve(router, "a", [*range(100)], now=0.0)
+    assert serve(router, "b", [*range(100)], now=59.0).predicted_cached_tokens == 96
+    assert serve(router, "c", [*range(100)], now=120.0).predicted_cached_tokens == 0
+
+
+def test_affinity_gives_way_to_load():
+    """A popular prefix spreads: who holds it does not get every request."""
+    router = Router(PD, C)
+    serve(router, "a", [*range(64)])
+    routes = [router.route(f"r{number}", [*range(64), number], "", 0.0) for number in range(20)]
+    assert routes[0].prefill == "prefill0"
+    assert {route.prefill for route in routes} == {"prefill0", "prefill1"}
+
+
+def test_a_burst_is_spread_before_any_answer_comes():
+    router = Router(PD, C)
+    routes = [router.route(f"r{number}", [number] * 50, "", 0.0) for number in range(10)]
+    for place in ("prefill0", "prefill1"):
+        assert sum(route.prefill == place for route in routes) == 5
+    assert sum(route.decode == "decode0" for route in routes) == 5
+
+
+def test_round_robin_takes_turns():
+    router = Router(PD, C, policy="round_robin")
+    routes = [serve(router, f"r{number}", [1, 2, 3]) for number in range(4)]
+    assert [route.prefill for route in routes] == ["prefill0", "prefill1"] * 2
+
+
+def test_least_load_ignores_the_cache():
+    router = Router(PD, C, policy="least_load")
+    serve(router, "a", [*range(100)])
+    router.route("b", [5], "", 0.0)
+    assert router.route("c", [*range(100)], "", 0.0).prefill == "prefill1"
+
+
+def test_an_unknown_policy_is_refused_by_name():
+    with pytest.raises(ConfigError, match="longest_prefix, least_load, round_robin"):
+        Router(PD, C, policy="random")
+
+
+def test_longest_prefix_breaks_ties_by_load_then_order():
+    def view(*candidates):
+        return View(candidates, 0, 1.0)
+
+    a, b = Candidate("a", 0, 100, 0, 0), Candidate("b", 0, 100, 0, 0)
+    assert longest_prefix(view(a, b)) == "a"
+    busy = Candidate("a", 64, 36, 64, 0)
+    assert longest_prefix(view(busy, b)) == "b"
+
+
+def test_other_roles_are_asked_when_none_of_the_right_one_is_left():
+    router = Router(PD, C)
+    for name in ("decode0", "decode1"):
+        router.set_state(name, InstanceState.DEAD)
+    route = router.route("a", [1], "", 0.0)
+    assert route.prefill == route.decode == "prefill0"
+    for name in ("prefill0", "prefill1"):
+        router.set_state(name, InstanceState.DRAINING)
+    with pytest.raises(Unavailable):
+        router.route("b", [1], "", 0.0)
+    router.set_state("decode1", InstanceState.READY)
+    route = router.route("b", [1], "", 0.0)
+    assert route.prefill == route.decode == "decode1"
+
+
+def test_lesson_18_a_flapping_instance_has_no_ghost_loads():
+    router = Router(PD, C)
+    serve(router, "warm", [*range(100)])
+    route = router.route("a", [*range(100)], "", 0.0)
+    router.on_first_token("a", 0.0)
+    second = router.route("b", [*range(100)], "", 0.0)
+    assert route.prefill == second.prefill == "prefill0"
+    for name, _ in PD:
+        router.set_state(name, InstanceState.DEAD)
+        assert router.load(name) == Load(0, 0)
+        router.set_state(name, InstanceState.READY)
+    router.route("c", [*range(100)], "", 0.0)
+    before = [router.load(name) for name, _ in PD]
+    router.on_first_token("b", 0.0)
+    for request_id in ("a", "b"):
+        router.on_finished(request_id, [*range(105)], 0.0)
+        router.on_finished(request_id, [*range(105)], 0.0)
+    assert [router.load(name) for name, _ in PD] == before
+    router.on_finished("c", (), 0.0)
+    assert all(router.load(name) == Load(0, 0) for name, _ in PD)
+    assert router.route("d", [*range(100)], "", 0.0).predicted_cached_tokens == 0  # the new lives have cold caches
+    router.check()
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_random_histories(data):
+    """Never to an instance that is not ready; equal histories give equal routes; counters end at zero; bounded."""
+    instances = data.draw(st.sampled_from([PD, MIXED]))
+    policy = data.draw(st.sampled_from(sorted(POLICIES)))
+    routers = [Router(instances, C, policy, tree_blocks=20, tree_ttl_s=5.0) for _ in range(2)]
+    states = {name: InstanceState.READY for name, _ in instances}
+    flights, now = {}, 0.0
+    for number in range(data.draw(st.integers(1, 40))):
+        what = data.draw(st.sampled_from(["route", "route", "first", "finish", "state", "wait"]))
+        if what == "route":
+            tokens = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=40))
+            request_id = f"r{number}"
+            if InstanceState.READY not in states.values():
+                for router in routers:
+                    with pytest.raises(Unavailable):
+                        router.route(request_id, tokens, "", now)
+                continue
+            one, other = (router.route(request_id, tokens, "", now) for router in routers)
+            assert one == other
+            assert states[one.prefill] is states[one.decode] is InstanceState.READY
+            assert 0 <= one.predicted_cached_tokens < len(tokens)
+            flights[request_id] = tokens
+        elif what == "state":
+            name, state = data.draw(st.sampled_from(sorted(states))), data.draw(st.sampled_from(InstanceState))
+            states[name] = state
+            for router in routers:
+                router.set_state(name, state)
+        elif what == "wait":
+            now += data.draw(st.sampled_from([0.5, 3.0]))
+        elif flights:
+            request_id = data.draw(st.sampled_from(sorted(flights)))
+            for router in routers:
+                if what == "first":
+                    router.on_first_token(request_id, now)
+                else:
+                    router.on_finished(request_id, [*flights[request_id], 1, 1, 1], now)
+            if what == "finish":
+                del flights[request_id]
+        for router in routers:
+            router.check()
+    for router in routers:
+        assert len(router) == len(flights)
+        for request_id in flights:
+            router.on_finished(request_id, (), now)
+        assert len(router) == 0 and all(router.load(name) == Load(0, 0) for name, _ in instances)
