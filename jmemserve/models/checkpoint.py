@@ -1,0 +1,151 @@
+"""Reading a Hugging Face checkpoint in safetensors, slice by slice, straight into the shards that need it."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, which safetensors needs)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jmemserve.errors import CheckpointError, ConfigError
+from jmemserve.models.config import read_json
+from jmemserve.models.describe import Source, Weight
+
+INDEX = "model.safetensors.index.json"
+_TYPES = ("F32", "BF16", "F16")
+# Tensors that some checkpoints carry and that are derived from config.json.
+_DERIVED = ("rotary_emb.inv_freq", "attention.masked_bias", "attn.bias")
+
+
+class Checkpoint:
+    """The tensors of a folder, by name. Raises CheckpointError for whatever is wrong with its files."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._homes: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for path, names in _files(folder):
+            try:
+                handle = safe_open(path, "np")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
+            self._open[path] = handle
+            present = set(handle.keys())
+            if missing := sorted((names or present) - present):
+                raise CheckpointError(f"{path} lacks the tensor {missing[0]!r} that {INDEX} says it holds")
+            self._homes |= dict.fromkeys(names or present, path)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._homes)
+
+    def check(self, weights: dict[str, Weight], tied: bool) -> None:
+        """Every tensor that the model needs is there in its shape, and nothing else that could matter."""
+        wanted = {source.name: source for weight in weights.values() for source in weight.sources}
+        for name, source in wanted.items():
+            if name not in self._homes:
+                raise CheckpointError(
+                    f"{self.folder} lacks the tensor {name!r} (shape {list(source.shape)}) that its config.json asks for"
+                )
+            piece = self._slice_of(name)
+            if tuple(piece.get_shape()) != source.shape:
+                raise CheckpointError(
+                    f"{self._homes[name]}: tensor {name!r} has shape {list(piece.get_shape())}, but config.json makes "
+                    f"it {list(source.shape)}; the two files do not belong together"
+                )
+            if piece.get_dtype() not in _TYPES:
+                raise CheckpointError(
+                    f"{self._homes[name]}: tensor {name!r} has type {piece.get_dtype()}; supported are {', '.join(_TYPES)}"
+                )
+        extra = sorted(
+            name
+            for name in self.names - set(wanted)
+            if not name.endswith(_DERIVED) and not (tied and name == "lm_head.weight")
+        )
+        if extra:
+            raise CheckpointError(
+                f"{self._homes[extra[0]]}: tensor {extra[0]!r} has no place in a model of this config.json "
+                f"({len(extra)} such tensors); the two files do not belong together"
+            )
+
+    def read(self, weight: Weight, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """The part ``index`` of a weight, put together from its tensors and cast to ``dtype``."""
+        bounds = [part.indices(size)[:2] for part, size in zip(index, weight.shape, strict=True)]
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        for source in weight.sources:
+            target, wanted = _overlap(source, bounds)
+            if wanted is not None:
+                out[target] = self._read_split(source, wanted)
+        return out
+
+    def _read_split(self, source: Source, wanted: list[tuple[int, int]]) -> np.ndarray:
+        """Ranges of ``source.split`` from the tensor, whose axes are runs of the split ones."""
+        axes, position = [], 0
+        for size in source.shape:
+            count, product = 0, 1
+            while product < size or (count == 0 and position < len(source.split)):
+                product *= source.split[position + count]
+                count += 1
+            assert product == size, (source.name, source.shape, source.split)
+            start, stop = wanted[position]
+            inner = math.prod(source.split[position + 1 : position + count])
+            rest = wanted[position + 1 : position + count]
+            assert all(r == (0, s) for r, s in zip(rest, source.split[position + 1 : position + count], strict=True))
+            axes.append(slice(start * inner, stop * inner))
+            position += count
+        data = self._slice_of(source.name)[tuple(axes)]
+        return data.reshape([stop - start for start, stop in wanted])
+
+    def _slice_of(self, name: str) -> Any:
+        return self._open[self._homes[name]].get_slice(name)
+
+
+def _overlap(source: Source, bounds: list[tuple[int, int]]) -> tuple[tuple[int | slice, ...], list[tuple[int, int]] | None]:
+    """Where a source meets a part of its weight: (place in the part, ranges of ``source.split``), None if nowhere."""
+    target: list[int | slice] = []
+    wanted: list[tuple[int, int]] = []
+    for part, (start, stop) in zip(source.part, bounds, strict=True):
+        if isinstance(part, int):
+            if not start <= part < stop:
+                return (), None
+            target.append(part - start)
+            continue
+        low = part.start or 0
+        high = low + source.split[len(wanted)]
+        first, last = max(low, start), min(high, stop)
+        if first >= last:
+            return (), None
+        target.append(slice(first - start, last - start))
+        wanted.append((first - low, last - low))
+    return tuple(target), wanted
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
+    """The safetensors files of a folder, with the tensors that the index expects in each (None: all it has)."""
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = read_json(folder / INDEX).get("weight_map")
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map")
+        names: dict[str, set[str]] = {}
+        for tensor, file in weight_map.items():
+            names.setdefault(str(file), set()).add(tensor)
+        for file, tensors in sorted(names.items()):
+            if Path(file).name != file:
+                raise CheckpointError(f"{folder / INDEX} names the file {file!r}; only files beside it can be named")
+            if not (folder / file).is_file():
+                raise CheckpointError(f"{folder / INDEX} names the file {file!r}, which is not there; fetch it")
+            yield folder / file, tensors
+        return
+    single = sorted(folder.glob("*.safetensors"))
+    if not single:
+        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
+        hint = f"; {pickled[0].name} is a pickle, which is never read: convert it to safetensors" if pickled else ""
+        raise CheckpointError(f"{folder} has no safetensors file{hint}")
+    for path in single:
+        yield path, None
+

@@ -1,0 +1,132 @@
+"""Every weight, described once: shape, logical axes, and where a Hugging Face checkpoint keeps it.
+
+Making, sharding, loading, saving and counting are all derived from this. A fused weight names several tensors; each
+fills the part of it that ``place`` says.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from jmemserve.errors import ConfigError
+from jmemserve.models.config import ModelConfig
+
+# Logical axis -> mesh axis. What is not here is on every device in full.
+MESH_AXES = {"kv_heads": "model", "ffn": "model", "vocab": "model"}
+MAY_REPLICATE = frozenset({"vocab"})  # sharded only where the size divides evenly
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint tensor that fills a weight, or a part of one.
+
+    ``shape`` is the tensor's own. ``split`` is the same tensor with its axes split so that it matches ``part`` of the
+    weight axis by axis; a missing axis of ``part`` (an integer there) does not appear in ``split``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    split: tuple[int, ...]
+    part: tuple[int | slice, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Weight:
+    """One array of the model."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]  # logical, one per dimension
+    sources: tuple[Source, ...]
+    init: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = None  # None: ones
+
+    def spec(self, sizes: dict[str, int]) -> tuple[str | None, ...]:
+        """Mesh axis per dimension for a mesh with these axis sizes. Raises ConfigError if it does not divide."""
+        out: list[str | None] = []
+        for size, axis in zip(self.shape, self.axes, strict=True):
+            mesh_axis = MESH_AXES.get(axis or "")
+            parts = sizes.get(mesh_axis or "", 1)
+            if mesh_axis is not None and size % parts:
+                if axis not in MAY_REPLICATE:
+                    raise ConfigError(
+                        f"the model has {size} {axis}, which do not divide evenly over model={parts}; "
+                        f"choose a size of the mesh axis that divides {size}"
+                    )
+                mesh_axis = None
+            out.append(mesh_axis if parts > 1 else None)
+        return tuple(out)
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32) * np.float32(0.02)
+
+
+def _plain(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init=_normal) -> Weight:
+    """A weight that is one tensor of the checkpoint as it is."""
+    return Weight(shape, axes, (Source(name, shape, shape, (slice(None),) * len(shape)),), init)
+
+
+def describe_top(config: ModelConfig) -> dict[str, Weight]:
+    """The weights outside the layers, by attribute of Decoder."""
+    table = (config.vocab_size, config.hidden_size)
+    weights = {
+        "embed": _plain("model.embed_tokens.weight", table, ("vocab", None)),
+        "norm": _plain("model.norm.weight", (config.hidden_size,), (None,), init=None),
+    }
+    if not config.tied_embeddings:
+        weights["lm_head"] = _plain("lm_head.weight", table, ("vocab", None))
+    return weights
+
+
+def describe_layer(config: ModelConfig, index: int) -> dict[str, Weight]:
+    """The weights of one layer, by attribute of Layer."""
+    c = config
+    d, k, g, h, f = c.hidden_size, c.num_kv_heads, c.group, c.head_dim, c.intermediate_size
+    base = f"model.layers.{index}"
+    every = slice(None)
+
+    def heads(kind: str, rest: tuple[int, ...], suffix: str, tail: tuple[slice, ...]) -> tuple[Source, ...]:
+        """q, k and v of ``kind``: for each kv head its group of queries, its key, its value."""
+        return (
+            Source(f"{base}.self_attn.q_proj.{suffix}", (k * g * h, *rest), (k, g, h, *rest), (every, slice(0, g), every, *tail)),
+            Source(f"{base}.self_attn.k_proj.{suffix}", (k * h, *rest), (k, h, *rest), (every, g, every, *tail)),
+            Source(f"{base}.self_attn.v_proj.{suffix}", (k * h, *rest), (k, h, *rest), (every, g + 1, every, *tail)),
+        )
+
+    weights = {
+        "attention_norm": _plain(f"{base}.input_layernorm.weight", (d,), (None,), init=None),
+        "qkv": Weight((k, g + 2, h, d), ("kv_heads", None, None, None), heads("qkv", (d,), "weight", (every,)), _normal),
+        "out": Weight(
+            (d, k, g, h),
+            (None, "kv_heads", None, None),
+            (Source(f"{base}.self_attn.o_proj.weight", (d, k * g * h), (d, k, g, h), (every,) * 4),),
+            _normal,
+        ),
+        "feed_forward_norm": _plain(f"{base}.post_attention_layernorm.weight", (d,), (None,), init=None),
+        "gate_up": Weight(
+            (f, 2, d),
+            ("ffn", None, None),
+            (
+                Source(f"{base}.mlp.gate_proj.weight", (f, d), (f, d), (every, 0, every)),
+                Source(f"{base}.mlp.up_proj.weight", (f, d), (f, d), (every, 1, every)),
+            ),
+            _normal,
+        ),
+        "down": _plain(f"{base}.mlp.down_proj.weight", (d, f), (None, "ffn")),
+    }
+    if c.attention_bias:
+        weights["qkv_bias"] = Weight((k, g + 2, h), ("kv_heads", None, None), heads("bias", (), "bias", ()), _normal)
+    if c.qk_norm:
+        weights["q_norm"] = _plain(f"{base}.self_attn.q_norm.weight", (h,), (None,), init=None)
+        weights["k_norm"] = _plain(f"{base}.self_attn.k_norm.weight", (h,), (None,), init=None)
+    return weights
+
+
+def describe(config: ModelConfig) -> dict[str, Weight]:
+    """Every weight of the model by its path, for example ``layers.3.qkv``."""
+    weights = describe_top(config)
+    for index in range(config.num_layers):
+        weights |= {f"layers.{index}.{name}": weight for name, weight in describe_layer(config, index).items()}
+    return weights

@@ -1,0 +1,51 @@
+"""Slow truths: a model by full recompute, without pages, batches or caches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jmemserve.models import ModelConfig
+
+
+def dense_attend(cache, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None):
+    """Causal attention of a whole sequence to itself; the cache is handed through."""
+    num, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    grouped = q.reshape(num, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32) * head_dim**-0.5
+    scores = jnp.einsum("tkgh,skh->kgts", grouped, k.astype(jnp.float32), precision="highest")
+    place = jnp.arange(num)
+    seen = place[None] <= place[:, None]
+    if window is not None:
+        seen &= place[None] > place[:, None] - window
+    weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("kgts,skh->tkgh", weights, v.astype(jnp.float32), precision="highest")
+    return out.reshape(q.shape).astype(q.dtype), cache
+
+
+@functools.cache
+def _forward(graph: nnx.GraphDef, length: int):
+    @jax.jit
+    def run(state, tokens):
+        model = nnx.merge(graph, state)
+        hidden, _ = model(tokens, jnp.arange(length), None, dense_attend)
+        return model.logits(hidden)
+
+    return run
+
+
+def naive_logits(graph: nnx.GraphDef, state: nnx.State, tokens: list[int]) -> np.ndarray:
+    """f32[T, V]: logits after every token of a sequence."""
+    length = -(-len(tokens) // 32) * 32  # few lengths, few compilations; what comes after a token does not matter
+    padded = jnp.asarray(tokens + [0] * (length - len(tokens)))
+    return np.asarray(_forward(graph, length)(state, padded)).T[: len(tokens)]
+
+
+def naive_generate(graph: nnx.GraphDef, state: nnx.State, config: ModelConfig, prompt: list[int], n: int) -> list[int]:
+    """Greedy continuation by n tokens."""
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(int(naive_logits(graph, state, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
