@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from jmemserve.config import EngineConfig, InstanceSpec, Warmup, demo_folder
+from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.mesh import device_memory, make_mesh
 from jmemserve.engine.report import Report
 from jmemserve.engine.runner import Runner
@@ -97,11 +98,15 @@ def build(
     runner = Runner(graph, state, store, mesh, shapes, config.vocab_size, max_model_len)
     if engine.warmup is not Warmup.NONE:
         programs = len(runner.programs())
+        counter = CompileCounter()
         with report.phase(f"{spec.name}: compile {programs} programs"):
             bar = report.bar(f"{spec.name}: compile", programs, " programs")
             for _ in runner.compile_all(threads=max(2, min(8, os.cpu_count() or 2))):
                 bar.update(1)
             bar.close()
+        counter.close()
+        if engine.compilation_cache_dir is not None:
+            report.line(f"    {counter.found} of {counter.count} from the compilation cache")
     return Parts(runner, MemPool(spec.name, epoch, num_blocks, engine.block_size), shapes, max_model_len)
 
 

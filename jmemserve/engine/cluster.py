@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from jmemserve.config import ClusterSpec
 from jmemserve.engine.build import build, model_folder, read_model_config
-from jmemserve.engine.compiles import CompileCounter
+from jmemserve.engine.compiles import CompileCounter, keep_compilations
 from jmemserve.engine.instance import Instance, Message
+from jmemserve.engine.mesh import describe_devices
 from jmemserve.engine.messages import Abort, ResetCache, Submit
 from jmemserve.engine.report import Report
 from jmemserve.errors import DuplicateRequest, InvalidRequest, Overloaded, Unavailable
@@ -65,6 +66,12 @@ class Cluster:
         engine = self.spec.engine
         self.model_config: ModelConfig = read_model_config(engine)
         self.folder = model_folder(engine)
+        if engine.compilation_cache_dir is not None:
+            keep_compilations(engine.compilation_cache_dir)
+        with self._report.phase("devices"):
+            grid = describe_devices(self.spec)
+        for line in grid:
+            self._report.line(f"    {line}")
         epoch = time.time_ns()
         limits = []
         for spec in self.spec.instances:

@@ -1,29 +1,58 @@
-"""Counting compilations: none may happen once an instance is warm."""
+"""Compilations: counted, since none may happen once an instance is warm, and kept between starts."""
 
 import threading
+from pathlib import Path
 
+import jax
 from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
-_EVENT = "/jax/core/compile/backend_compile_duration"
+from jmemserve.errors import ConfigError
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_FOUND = "/jax/compilation_cache/cache_hits"
+
+
+def keep_compilations(folder: str) -> None:
+    """Keep every compiled program in ``folder`` and look there first. Raises ConfigError if it cannot be written."""
+    try:
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--compilation-cache-dir {folder!r} cannot be written ({error}); choose another or 'off'"
+        ) from None
+    if jax.config.jax_compilation_cache_dir != str(path):
+        compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 class CompileCounter:
-    """Programs that XLA compiled (or loaded from the persistent cache) in this process since it was made."""
+    """Programs that this process compiled or loaded from the persistent cache since the counter was made."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._count = 0
-        monitoring.register_event_duration_secs_listener(self._on_event)
+        self.count = 0  # compiled or found
+        self.found = 0  # of these, found in the persistent cache
+        monitoring.register_event_duration_secs_listener(self._on_duration)
+        monitoring.register_event_listener(self._on_event)
 
-    def _on_event(self, event: str, duration: float, **_: str | int) -> None:
-        if event == _EVENT:
+    def _on_duration(self, event: str, duration: float, **_: str | int) -> None:
+        if event == _COMPILED:
             with self._lock:
-                self._count += 1
+                self.count += 1
 
-    @property
-    def count(self) -> int:
-        return self._count
+    def _on_event(self, event: str, **_: str | int) -> None:
+        if event == _FOUND:
+            with self._lock:
+                self.found += 1
 
     def close(self) -> None:
         """Stop counting."""
-        monitoring.unregister_event_duration_listener(self._on_event)
+        monitoring.unregister_event_duration_listener(self._on_duration)
+        monitoring.unregister_event_listener(self._on_event)

@@ -6,10 +6,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jmemserve.config import InstanceSpec
+from jmemserve.config import ClusterSpec, InstanceSpec
 from jmemserve.errors import ConfigError
 
 AXIS = "model"  # the one axis of an instance's mesh: tensor parallelism
+
+
+def describe_devices(spec: ClusterSpec) -> list[str]:
+    """One line per instance: which devices it has. Raises ConfigError when there are too few."""
+    devices = jax.devices()
+    lines = []
+    for instance in spec.instances:
+        mesh = make_mesh(instance, spec.num_devices)
+        names = ", ".join(f"{device.platform}:{device.id}" for device in mesh.devices.flat)
+        lines.append(f"{instance.name:<12} {instance.role.value:<10} model={instance.model_axis}  [{names}]")
+    left = len(devices) - spec.num_devices
+    return [*lines, f"{len(devices)} {devices[0].device_kind} devices" + (f", {left} of them unused" if left else "")]
 
 
 def make_mesh(spec: InstanceSpec, num_needed: int) -> Mesh:

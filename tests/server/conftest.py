@@ -1,7 +1,8 @@
 """A whole server over a real port, with a cluster that has no model."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import itertools
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import fake_cluster
@@ -39,14 +40,14 @@ def model(tmp_path: Path) -> Model:
     return load_model("small", VOCAB, MAX_LEN, folder, load_text(folder))
 
 
-def count_up(request: Request) -> list[int]:
+def count_up(request: Request) -> Iterator[int]:
     """The tokens after the prompt's last, for ever."""
-    return [(request.prompt[-1] + i) % VOCAB for i in range(1, 2000)]
+    return ((request.prompt[-1] + i) % VOCAB for i in itertools.count(1))
 
 
 @contextlib.asynccontextmanager
 async def serving(
-    model: Model, script: Callable[[Request], list[int]] = count_up, opened: bool = True, max_queue: int = 1000
+    model: Model, script: fake_cluster.Script = count_up, opened: bool = True, max_queue: int = 1000
 ) -> AsyncIterator[tuple[Server, AsyncClient]]:
     """A server and a client of it; nothing may run in the engine when the test is over."""
     frontend = Frontend(ClusterSpec(parse_mesh("prefill+decode:2"), EngineConfig(max_queue=max_queue)))

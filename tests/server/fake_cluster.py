@@ -4,12 +4,12 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable
 from jmemserve.types import Event, FinishReason, InstanceLoad, Request, Timings, TokenLogprobs, Usage
 
-Script = Callable[[Request], Sequence[int]]
+Script = Callable[[Request], Iterable[int]]
 
 
 class FakeCluster:
@@ -21,7 +21,7 @@ class FakeCluster:
         self.paused = threading.Event()  # while set, no tokens are made
         self.submitted: list[Request] = []
         self.aborted: list[tuple[str, FinishReason]] = []
-        self.running: dict[str, tuple[Request, list[int], list[int]]] = {}  # request, tokens to come, tokens made
+        self.running: dict[str, tuple[Request, Iterator[int], list[int]]] = {}  # request, tokens to come, tokens made
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -37,7 +37,7 @@ class FakeCluster:
             if len(self.running) >= self.max_queue:
                 raise Overloaded("the queue is full", retry_after_s=1.5)
             self.submitted.append(request)
-            self.running[request.id] = (request, list(self.script(request)), [])
+            self.running[request.id] = (request, iter(self.script(request)), [])
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
         with self._lock:
@@ -96,8 +96,7 @@ class FakeCluster:
         events = []
         with self._lock:
             for request, rest, made in list(self.running.values()):
-                if rest:
-                    token = rest.pop(0)
+                if (token := next(rest, None)) is not None:
                     made.append(token)
                     logprobs: tuple[TokenLogprobs, ...] = ()
                     if (count := request.params.logprobs) is not None:

@@ -101,6 +101,8 @@ def test_a_signal_drains(cluster: type[StartedCluster], number: signal.Signals) 
         stream = client.stream([1])
         next(stream)
         os.kill(os.getpid(), number)
+        time.sleep(0.02)
+        os.kill(os.getpid(), number)
         *_, last = stream
         ends.append(last)
 

@@ -62,6 +62,19 @@ def test_client(model: Model) -> None:
         stream.close()
 
 
+def test_async_client(model: Model) -> None:
+    async def body() -> None:
+        async with serving(model) as (server, client):
+            assert await client.is_serving() and (await client.model_info()).name == "small"
+            assert (await client.server_info()).version and await client.loads() == server.cluster.loads()
+            assert await client.reset_prefix_cache() and not await client.abort("nobody")
+            assert await client.detokenize(await client.tokenize("the cat")) == "the cat"
+            with pytest.raises(errors.InvalidRequest):
+                await client.detokenize([VOCAB])
+
+    asyncio.run(body())
+
+
 def test_nobody_there() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(errors.Unavailable):
         client.generate([1], timeout_s=5)

@@ -33,7 +33,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[l
             super().__init__(on_events, self.answer, QUEUE)
             made.append(self)
 
-        def answer(self, request: Request) -> list[int]:
+        def answer(self, request: Request) -> Iterator[int]:
             return count_up(request)
 
         def start(self) -> None:
