@@ -145,7 +145,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same for asyncio; what ``Client`` has beside requests is a single call of the stubs, which are public."""
+    """The same for asyncio. ``inference``, ``control`` and ``health`` are the stubs, for what else they can do."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS):
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
@@ -187,10 +187,49 @@ class AsyncClient:
         async with contextlib.aclosing(self.stream(prompt, params, **how)) as messages:
             return fold([message async for message in messages])
 
+    async def tokenize(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """The token ids of a text."""
+        with _errors():
+            request = pb.TokenizeRequest(text=text, add_special_tokens=add_special_tokens)
+            return tuple((await self.inference.Tokenize(request)).token_ids)
+
+    async def detokenize(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        ids = wire.tokens_to_wire(tokens).ids
+        with _errors():
+            request = pb.DetokenizeRequest(token_ids=ids, skip_special_tokens=skip_special_tokens)
+            return (await self.inference.Detokenize(request)).text
+
     async def abort(self, request_id: str) -> bool:
         """End a request. Returns whether it was in flight."""
         with _errors():
             return (await self.control.Abort(pb.AbortRequest(request_id=request_id))).was_in_flight
+
+    async def model_info(self) -> pb.GetModelInfoResponse:
+        """The served model."""
+        with _errors():
+            return await self.inference.GetModelInfo(pb.GetModelInfoRequest())
+
+    async def server_info(self) -> pb.GetServerInfoResponse:
+        """The server, its state and its limits."""
+        with _errors():
+            return await self.control.GetServerInfo(pb.GetServerInfoRequest())
+
+    async def loads(self) -> list[InstanceLoad]:
+        """The load of every instance; empty while loading."""
+        with _errors():
+            return [wire.load_from_wire(load) for load in (await self.control.GetLoad(pb.GetLoadRequest())).instances]
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget every cached prefix that no request holds."""
+        with _errors():
+            return (await self.control.ResetPrefixCache(pb.ResetPrefixCacheRequest())).done
+
+    async def is_serving(self, service: str = "") -> bool:
+        """Whether health says SERVING; "" and "jmemserve.v1.Inference" mean that Generate is accepted."""
+        with _errors():
+            answer = await self.health.Check(health_pb2.HealthCheckRequest(service=service))
+            return answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ No more talking on't; let it be done: away, away!
 
 """
 SPEAKERS = ("MENENIUS", "CORIOLANUS", "Second Citizen", "VOLUMNIA")
-PARAMS = SamplingParams(temperature=0.0, max_tokens=48)
+PARAMS = SamplingParams(temperature=0.6, top_p=0.9, seed=1, max_tokens=64)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ listen (LOADING) -> load -> SERVING -> signal -> DRAINING -> streams end -> exit
 """
 
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from jmemserve.server.grpc_server import GrpcServer
 from jmemserve.server.model import load_model
 from jmemserve.server.text import load_text
 
+SAME_SIGNAL_S = 0.3  # a signal that follows another one so soon is no second wish
 FLUSH_S = 5.0  # what streams get to send their last messages, once nothing runs any more
 
 
@@ -95,8 +97,17 @@ def _catch_signals() -> asyncio.Event:
     """An event that SIGTERM and SIGINT set; clear it to hear of the next."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    heard = -math.inf
+
+    def hear() -> None:
+        nonlocal heard
+        # timeout(1) and make signal both a process and its group, which is one wish said twice.
+        if loop.time() - heard >= SAME_SIGNAL_S:
+            stop.set()
+        heard = loop.time()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, hear)
     return stop
 
 
