@@ -132,7 +132,6 @@ def main() -> None:
         "rows": [dict(zip(("what", "size", "tokens_per_s", "limit"), row, strict=True)) for row in rows],
         "ttft_s": float(np.median(prefill)),
         "ttft_cached_s": float(np.median(cached)),
-        "compiles_after_warmup": driver.cluster.loads()[0].compiles_after_warmup,
     }
     print(json.dumps({key: value for key, value in results.items() if key != "rows"}, indent=2))
     base = next(row[2] for row in rows if row[0] == "decode")

@@ -153,7 +153,8 @@ def parse_mesh(text: str) -> tuple[InstanceSpec, ...]:
         match = _PART.fullmatch(part)
         if match is None:
             raise ConfigError(
-                f"--mesh {text!r}: cannot read {part!r}; write [COUNTx]ROLE[:model=SIZE], for example 2xprefill:model=1+decode:2"
+                f"--mesh {text!r}: cannot read {part!r}; write [COUNTx]ROLE[:model=SIZE], "
+                "for example 2xprefill:model=1+decode:2"
             )
         try:
             role = Role(match["role"])

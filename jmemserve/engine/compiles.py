@@ -42,12 +42,12 @@ class CompileCounter:
         monitoring.register_event_duration_secs_listener(self._on_duration)
         monitoring.register_event_listener(self._on_event)
 
-    def _on_duration(self, event: str, duration: float, **_: str | int) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _COMPILED:
             with self._lock:
                 self.count += 1
 
-    def _on_event(self, event: str, **_: str | int) -> None:
+    def _on_event(self, event: str, **kwargs: str | int) -> None:
         if event == _FOUND:
             with self._lock:
                 self.found += 1

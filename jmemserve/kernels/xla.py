@@ -6,7 +6,7 @@ that exist are visited (a loop with a trip count known at run time), and each vi
     rows with one new token     item = (row, span of keys); a few items per visit; partial results meet in the row
     rows with several           item = (row, tile of queries), and inside it a loop over its spans of keys
 
-    keys of one row:   |span 0|span 1|span 2|sp..      span = SPAN tokens; a window skips whole spans in front
+    keys of one row:   |span 0|span 1|span 2|sp..      a window skips whole spans in front
                               ^ first        ^ context
 """
 
@@ -16,9 +16,10 @@ from jax import lax
 
 from jmemserve.kernels import Ragged
 
-SPAN = 128  # keys per visit: their bytes stay in a core's cache between the two products
-TILE = 128  # queries per visit when a row has several new tokens
-ITEMS = 8  # spans per visit when rows have one new token
+SPAN = 64  # keys per item when rows have one new token: their bytes stay in cache between the two products
+ITEMS = 16  # items per visit
+TILE = 128  # queries per tile when a row has several new tokens
+TILE_SPAN = 128  # keys that a tile looks at in one go
 NEVER = -1e30  # a score that is never seen; finite, so that fully masked partial results stay finite
 
 
@@ -26,7 +27,7 @@ def paged_attention(q: jax.Array, pages: jax.Array, layer: int, ragged: Ragged, 
     """See ``jmemserve.kernels.Attention``."""
     num_tokens, num_rows = q.shape[0], ragged.context.shape[0]
     lengths = ragged.starts[1:] - ragged.starts[:-1]  # B: new tokens of each row
-    tables = _whole_spans(ragged.tables, pages.shape[4])
+    tables = _whole_spans(ragged.tables, pages.shape[4], max(SPAN, TILE_SPAN))
     if num_tokens == num_rows:  # the shape of a step in which every row has one token
         return _one_token_rows(q, pages, layer, tables, ragged.context, window)
     row_tokens = jnp.minimum(ragged.starts[:-1], num_tokens - 1)
@@ -42,7 +43,7 @@ def _one_token_rows(
     """q: [B, N, H], row b's only new token being its last one. Rows with context 0 cost nothing."""
     num_rows, num_heads, head_dim = q.shape
     kv_heads, size = pages.shape[3:5]
-    span, per_span = _span_of(size)
+    span, per_span = _span_of(size, SPAN)
     visit = min(ITEMS, num_rows)
     grouped = q.reshape(num_rows, kv_heads, num_heads // kv_heads, head_dim).astype(jnp.float32) * head_dim**-0.5
     low = jnp.zeros_like(context) if window is None else jnp.maximum(context - window, 0)
@@ -91,7 +92,7 @@ def _many_token_rows(
     num_tokens, num_heads, head_dim = q.shape
     kv_heads, size = pages.shape[3:5]
     group = num_heads // kv_heads
-    span, per_span = _span_of(size)
+    span, per_span = _span_of(size, TILE_SPAN)
     tile = min(TILE, num_tokens)
     tiles = -(-lengths // tile)  # B
     ends = jnp.cumsum(tiles)
@@ -140,15 +141,15 @@ def _many_token_rows(
     return out[:num_tokens]
 
 
-def _span_of(size: int) -> tuple[int, int]:
-    """Keys per span, and pages per span, for pages of ``size`` tokens."""
-    per_span = max(1, SPAN // size)
+def _span_of(size: int, wanted: int) -> tuple[int, int]:
+    """Keys per span, about as many as wanted, and pages per span, for pages of ``size`` tokens."""
+    per_span = max(1, wanted // size)
     return per_span * size, per_span
 
 
-def _whole_spans(tables: jax.Array, size: int) -> jax.Array:
-    """Widen the tables (i32[B, W]) with page 0 to a whole number of spans."""
-    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % _span_of(size)[1])))
+def _whole_spans(tables: jax.Array, size: int, longest: int) -> jax.Array:
+    """Widen the tables (i32[B, W]) with page 0 to a whole number of the longest spans (powers of two)."""
+    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % _span_of(size, longest)[1])))
 
 
 def _rows_of(gathered: jax.Array) -> jax.Array:

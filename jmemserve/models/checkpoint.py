@@ -47,7 +47,7 @@ class Checkpoint:
         for name, source in wanted.items():
             if name not in self._homes:
                 raise CheckpointError(
-                    f"{self.folder} lacks the tensor {name!r} (shape {list(source.shape)}) that its config.json asks for"
+                    f"{self.folder} lacks the tensor {name!r} of shape {list(source.shape)} that config.json asks for"
                 )
             piece = self._slice_of(name)
             if tuple(piece.get_shape()) != source.shape:
@@ -57,7 +57,7 @@ class Checkpoint:
                 )
             if piece.get_dtype() not in _TYPES:
                 raise CheckpointError(
-                    f"{self._homes[name]}: tensor {name!r} has type {piece.get_dtype()}; supported are {', '.join(_TYPES)}"
+                    f"{self._homes[name]}: tensor {name!r} has type {piece.get_dtype()}, not one of {', '.join(_TYPES)}"
                 )
         extra = sorted(
             name
@@ -102,7 +102,9 @@ class Checkpoint:
         return self._open[self._homes[name]].get_slice(name)
 
 
-def _overlap(source: Source, bounds: list[tuple[int, int]]) -> tuple[tuple[int | slice, ...], list[tuple[int, int]] | None]:
+def _overlap(
+    source: Source, bounds: list[tuple[int, int]]
+) -> tuple[tuple[int | slice, ...], list[tuple[int, int]] | None]:
     """Where a source meets a part of its weight: (place in the part, ranges of ``source.split``), None if nowhere."""
     target: list[int | slice] = []
     wanted: list[tuple[int, int]] = []
@@ -148,4 +150,3 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
         raise CheckpointError(f"{folder} has no safetensors file{hint}")
     for path in single:
         yield path, None
-

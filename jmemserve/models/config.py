@@ -91,7 +91,9 @@ def load_config(folder: Path) -> ModelConfig:
         )
     family = FAMILIES[names[0]]
     generation = folder / "generation_config.json"
-    eos = _ids(raw.get("eos_token_id")) | (_ids(read_json(generation).get("eos_token_id")) if generation.exists() else set())
+    eos = _ids(raw.get("eos_token_id")) | (
+        _ids(read_json(generation).get("eos_token_id")) if generation.exists() else set()
+    )
     try:
         return _parse(dict(raw), family, frozenset(eos))
     except ConfigError as error:
@@ -123,7 +125,7 @@ def _parse(raw: dict[str, Any], family: str, eos: frozenset[int]) -> ModelConfig
     if (act := raw.pop("hidden_act", "silu")) not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {act!r} is not supported; only silu is")
     max_len = _count(raw, "max_position_embeddings")
-    common = {
+    common: dict[str, Any] = {
         "family": family,
         "vocab_size": _count(raw, "vocab_size"),
         "hidden_size": hidden,
@@ -141,7 +143,7 @@ def _parse(raw: dict[str, Any], family: str, eos: frozenset[int]) -> ModelConfig
         "eos_token_ids": eos,
         "bos_token_id": bos if isinstance(bos, int) else None,
     }
-    module: Family = importlib.import_module(f"jmemserve.models.{family}")  # type: ignore[assignment]
+    module: Family = importlib.import_module(f"jmemserve.models.{family}")
     traits = module.traits(raw, layers)
     for key, value in raw.items():
         if key not in _HARMLESS and value not in (None, False, [], {}):
@@ -150,7 +152,7 @@ def _parse(raw: dict[str, Any], family: str, eos: frozenset[int]) -> ModelConfig
 
 
 def layer_windows(raw: dict[str, Any], num_layers: int, use: bool) -> tuple[int | None, ...]:
-    """Sliding windows per layer from ``sliding_window``, ``layer_types`` and ``max_window_layers``; takes these keys."""
+    """Windows per layer from ``sliding_window``, ``layer_types`` and ``max_window_layers``; takes these keys."""
     window, kinds = raw.pop("sliding_window", None), raw.pop("layer_types", None)
     full_below = raw.pop("max_window_layers", None)
     raw.pop("use_sliding_window", None)

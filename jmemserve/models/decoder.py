@@ -59,6 +59,16 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 class Layer(nnx.Module):
     """Attention and feed-forward, each added to the stream."""
 
+    attention_norm: nnx.Param
+    qkv: nnx.Param
+    qkv_bias: nnx.Param  # if attention_bias
+    q_norm: nnx.Param  # if qk_norm
+    k_norm: nnx.Param  # if qk_norm
+    out: nnx.Param
+    feed_forward_norm: nnx.Param
+    gate_up: nnx.Param
+    down: nnx.Param
+
     def __init__(self, config: ModelConfig, index: int, make: MakeParam):
         self.config, self.index = config, index
         for name, weight in describe_layer(config, index).items():
@@ -98,6 +108,10 @@ class Layer(nnx.Module):
 
 class Decoder(nnx.Module):
     """Tokens in, hidden columns out; ``logits`` of the columns that are wanted."""
+
+    embed: nnx.Param
+    norm: nnx.Param
+    lm_head: nnx.Param  # if the embeddings are not tied
 
     def __init__(self, config: ModelConfig, make: MakeParam):
         self.config = config

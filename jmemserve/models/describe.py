@@ -90,14 +90,21 @@ def describe_layer(config: ModelConfig, index: int) -> dict[str, Weight]:
     def heads(kind: str, rest: tuple[int, ...], suffix: str, tail: tuple[slice, ...]) -> tuple[Source, ...]:
         """q, k and v of ``kind``: for each kv head its group of queries, its key, its value."""
         return (
-            Source(f"{base}.self_attn.q_proj.{suffix}", (k * g * h, *rest), (k, g, h, *rest), (every, slice(0, g), every, *tail)),
+            Source(
+                f"{base}.self_attn.q_proj.{suffix}",
+                (k * g * h, *rest),
+                (k, g, h, *rest),
+                (every, slice(0, g), every, *tail),
+            ),
             Source(f"{base}.self_attn.k_proj.{suffix}", (k * h, *rest), (k, h, *rest), (every, g, every, *tail)),
             Source(f"{base}.self_attn.v_proj.{suffix}", (k * h, *rest), (k, h, *rest), (every, g + 1, every, *tail)),
         )
 
     weights = {
         "attention_norm": _plain(f"{base}.input_layernorm.weight", (d,), (None,), init=None),
-        "qkv": Weight((k, g + 2, h, d), ("kv_heads", None, None, None), heads("qkv", (d,), "weight", (every,)), _normal),
+        "qkv": Weight(
+            (k, g + 2, h, d), ("kv_heads", None, None, None), heads("qkv", (d,), "weight", (every,)), _normal
+        ),
         "out": Weight(
             (d, k, g, h),
             (None, "kv_heads", None, None),

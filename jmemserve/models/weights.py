@@ -82,9 +82,12 @@ def load_safetensors(folder: Path, config: ModelConfig, dtype: str, mesh: Mesh, 
 
     def make(path: str, weight: Weight, sharding: NamedSharding) -> jax.Array:
         wanted = jnp.dtype(dtype)
-        return jax.make_array_from_callback(
-            weight.shape, sharding, lambda index: checkpoint.read(weight, index, wanted)
-        )
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, path
+            return checkpoint.read(weight, index, wanted)
+
+        return jax.make_array_from_callback(weight.shape, sharding, shard)
 
     return build(config, dtype, mesh, make, progress)
 
@@ -135,9 +138,7 @@ def _orbax_reader(
         raise CheckpointError(f"{folder} has no {ORBAX_FOLDER} folder; make one with python -m jmemserve.convert")
     sizes = dict(mesh.shape)
     target = {
-        name: jax.ShapeDtypeStruct(
-            weight.shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, P(*weight.spec(sizes)))
-        )
+        name: jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, P(*weight.spec(sizes))))
         for name, weight in describe(config).items()
     }
     try:

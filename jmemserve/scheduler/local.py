@@ -9,6 +9,7 @@ Counters run ahead: a plan made counts as done, and the token it samples is *pro
 Pure: no clock, no device; ``now`` is an argument.
 """
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -108,6 +109,7 @@ class LocalScheduler:
             budget -= length
         if not pieces:
             return None
+        self._trim(pieces)
         shape = smallest(self.shapes, [piece.length for piece in pieces])
         assert shape is not None, f"no shape of {self.shapes} holds {[piece.length for piece in pieces]}"
         for row, piece in enumerate(pieces):
@@ -152,6 +154,20 @@ class LocalScheduler:
         seq.tokens.append(token)
         done = seq.full and not seq.promised
         return (FinishReason.LENGTH if done else None), token
+
+    def _trim(self, pieces: list[Slice]) -> None:
+        """Shorten the last long slice where that saves padding: 520 tokens cost less as 512 and 8 than as 1,024."""
+        lengths = [piece.length for piece in pieces]
+        shape, total = smallest(self.shapes, lengths), sum(lengths)
+        packed = sorted({shape.tokens for shape in self.shapes if shape.tokens > shape.seqs})
+        last = pieces[-1]
+        fitting = [size for size in packed if total - last.length < size < total]
+        if shape is None or shape.tokens not in packed or last.length == 1 or not fitting:
+            return
+        rest = next(size for size in packed if size >= total - fitting[-1])
+        if fitting[-1] + rest < shape.tokens:
+            length = last.length - (total - fitting[-1])
+            pieces[-1] = dataclasses.replace(last, length=length, samples=False, promised_row=INVALID)
 
     def _advance(self, piece: Slice, row: int) -> None:
         """Count a planned slice as done."""

@@ -190,6 +190,20 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
         world.flight = (plan, sampled)
 
 
+def test_padding_is_avoided_where_two_steps_cost_less() -> None:
+    pool = MemPool("a", 1, 400, BLOCK)
+    scheduler = LocalScheduler(pool, shapes_of(4, 1024))
+    scheduler.submit(make_seq(0, [1] * 520, 3))
+    first, second = scheduler.plan(0.0), scheduler.plan(0.0)
+    assert first is not None and second is not None
+    assert [(p.shape.tokens, p.slices[0].length) for p in (first, second)] == [(512, 512), (16, 8)]
+    assert not first.slices[0].samples and second.slices[0].samples
+    scheduler = LocalScheduler(MemPool("a", 1, 400, BLOCK), shapes_of(4, 1024))
+    scheduler.submit(make_seq(0, [1] * 900, 3))
+    whole = scheduler.plan(0.0)
+    assert whole is not None and whole.slices[0].length == 900
+
+
 def test_shapes() -> None:
     both = shapes_of(16, 512)
     assert StepShape(1, 1) in both and StepShape(16, 16) in both and StepShape(512, 16) in both
