@@ -15,9 +15,10 @@ from jmemserve.config import ClusterSpec
 from jmemserve.engine.build import build, model_folder, read_model_config
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
 from jmemserve.engine.instance import Instance, Message
-from jmemserve.engine.mesh import describe_devices
+from jmemserve.engine.mesh import describe_devices, make_mesh
 from jmemserve.engine.messages import Abort, ResetCache, Submit
 from jmemserve.engine.report import Report
+from jmemserve.engine.selftest import check_arithmetic
 from jmemserve.errors import DuplicateRequest, InvalidRequest, Overloaded, Unavailable
 from jmemserve.models import ModelConfig
 from jmemserve.scheduler.router import Router
@@ -70,6 +71,7 @@ class Cluster:
             keep_compilations(engine.compilation_cache_dir)
         with self._report.phase("devices"):
             grid = describe_devices(self.spec)
+            check_arithmetic(make_mesh(self.spec.instances[0], self.spec.num_devices))
         for line in grid:
             self._report.line(f"    {line}")
         epoch = time.time_ns()

@@ -38,12 +38,14 @@ class Plan:
         return sum(piece.length for piece in self.slices)
 
 
-def step_shapes(decodes: bool, prefills: bool, max_seqs: int, max_tokens: int) -> tuple[StepShape, ...]:
+def step_shapes(
+    decodes: bool, prefills: bool, max_seqs: int, max_tokens: int, fewest_rows: int = 1
+) -> tuple[StepShape, ...]:
     """The short list of shapes that an instance compiles, smallest first.
 
-    One-token rows in powers of two up to ``max_seqs``, and packed steps in steps of four up to ``max_tokens``. An
-    instance that only decodes keeps one small packed shape to catch up with, one that only prefills decodes (when
-    nobody takes a sequence) in its smallest packed shape: any instance can catch up any sequence.
+    One-token rows in powers of two from ``fewest_rows`` up to ``max_seqs``; packed steps in few sizes up to
+    ``max_tokens``. An instance that only decodes keeps one small packed shape to catch up with, one that only prefills
+    decodes (when nobody takes a sequence) in its smallest packed shape: any instance can catch up any sequence.
     """
     packed = {max_tokens}
     size = 16
@@ -53,7 +55,7 @@ def step_shapes(decodes: bool, prefills: bool, max_seqs: int, max_tokens: int) -
     packed = {size for size in packed if size > max_seqs} or {max_seqs + 1}
     shapes = set()
     if decodes:
-        rows = 1
+        rows = fewest_rows
         while rows < max_seqs:
             shapes.add(StepShape(rows, rows))
             rows *= 2

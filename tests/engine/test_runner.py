@@ -1,0 +1,61 @@
+"""The compiled step: the pages are never copied, and arithmetic is checked before anything is served."""
+
+import jax
+import numpy as np
+import pytest
+from engine_driver import tiny_model
+from jax.sharding import Mesh
+
+from jmemserve.config import LoadFormat, parse_mesh
+from jmemserve.engine import selftest
+from jmemserve.engine.mesh import make_mesh
+from jmemserve.engine.runner import Runner
+from jmemserve.errors import ConfigError
+from jmemserve.kernels.pages import PageLayout
+from jmemserve.kvpool.store import PageStore
+from jmemserve.models import load_config, weights
+from jmemserve.scheduler.plan import step_shapes
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return make_mesh(parse_mesh("colocated")[0], 1)
+
+
+def test_no_step_copies_the_pages(tmp_path, mesh: Mesh) -> None:
+    folder = tiny_model(tmp_path)
+    config = load_config(folder)
+    graph, state = weights.load(folder, LoadFormat.DUMMY, config, "float32", mesh, 0, lambda done, total: None)
+    layout = PageLayout(config.num_layers, config.num_kv_heads, 16, config.head_dim, "float32")
+    shapes = step_shapes(True, True, 4, 64)
+    temporary = []
+    for num_blocks in (200, 2000):  # what a step needs beside them must not grow with the pages
+        runner = Runner(graph, state, PageStore(layout, num_blocks, mesh), mesh, shapes, config.vocab_size, 256)
+        for program in runner.programs():
+            program()
+        temporary.append({shape: step.memory_analysis().temp_size_in_bytes for shape, step in runner._steps.items()})
+        assert {shape.seqs for shape in shapes} == {rows for _, rows in runner._samplers}
+    assert temporary[0] == temporary[1]
+
+
+def test_blocks_move_between_meshes_of_different_sizes() -> None:
+    layout = PageLayout(2, 4, 8, 16, "float32")
+    one, two = parse_mesh("prefill+decode:model=2")
+    source, target = PageStore(layout, 90, make_mesh(one, 3)), PageStore(layout, 80, make_mesh(two, 3))
+    rng = np.random.default_rng(0)
+    blocks = rng.normal(size=(70, *layout.page_shape)).astype(np.float32)
+    source.pages = jax.device_put(
+        np.concatenate((np.zeros((21, *layout.page_shape), np.float32), blocks)), source.sharding
+    )
+    taken = list(range(21, 91))[::-1]
+    for start, piece in source.gather(taken):
+        target.scatter(list(range(5, 75))[start : start + piece.shape[0]], piece)
+    np.testing.assert_array_equal(np.asarray(target.pages)[5:75], blocks[::-1])
+    assert len(target.pages.sharding.device_set) == 2
+
+
+def test_arithmetic_is_checked(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert selftest.check_arithmetic(mesh) < 1e-5
+    monkeypatch.setattr(selftest, "attention_backend", lambda name: lambda q, *rest: q)
+    with pytest.raises(ConfigError, match="computes attention wrongly"):
+        selftest.check_arithmetic(mesh)
