@@ -97,11 +97,13 @@ class Instance:
     def _run(self) -> None:
         try:
             flight: Flight | None = None
-            while self._take_messages(wait=flight is None):
+            idle = True  # the last turn neither began nor ended a step: only a message or a deadline can change that
+            while self._take_messages(wait=idle):
                 now = time.monotonic()
                 self._reap(now)
                 plan = self.scheduler.plan(now)
                 following = self.runner.launch(plan) if plan is not None else None
+                idle = flight is None and following is None
                 if flight is not None:
                     self._commit(flight)
                 flight = following
@@ -111,9 +113,8 @@ class Instance:
 
     def _take_messages(self, wait: bool) -> bool:
         """Handle what has come in; False when it is time to end. An idle instance waits a moment for more."""
-        busy = any(self.scheduler.running) or self.scheduler.waiting
         try:
-            message = self._inbox.get(timeout=IDLE_S) if wait and not busy else self._inbox.get_nowait()
+            message = self._inbox.get(timeout=IDLE_S) if wait else self._inbox.get_nowait()
             while True:
                 if isinstance(message, Stop):
                     return False

@@ -10,8 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jmemserve.errors import CheckpointError, ConfigError
-from jmemserve.models.config import read_json
 from jmemserve.models.describe import Source, Weight
+from jmemserve.models.fields import read_json
 
 INDEX = "model.safetensors.index.json"
 _TYPES = ("F32", "BF16", "F16")

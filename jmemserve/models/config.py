@@ -2,23 +2,12 @@
 
 import dataclasses
 import importlib
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
 from jmemserve.errors import ConfigError
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary position embedding: angles are position * theta ** (-2 i / head_dim), scaled by kind."""
-
-    theta: float = 10000.0
-    kind: str = "default"  # default, linear, llama3
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    original_max_len: int = 8192  # llama3
+from jmemserve.models.fields import is_whole, read_json, take_count, take_flag, take_ids, take_positive
+from jmemserve.models.rope import RopeConfig, take_rope
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +42,8 @@ class ModelConfig:
 class Family(Protocol):
     """What a family's module says: how its config.json differs from the common one."""
 
+    DEFAULTS: dict[str, Any]  # what transformers assumes where config.json is silent, if that is not the common value
+
     def traits(self, raw: dict[str, Any], num_layers: int) -> dict[str, Any]:
         """Fields of ModelConfig that this family sets; it takes (pops) the keys that it understands."""
         ...
@@ -68,12 +59,16 @@ FAMILIES = {
 # Keys that say nothing about the numbers of inference.
 _HARMLESS = frozenset(
     """_name_or_path architectures model_type transformers_version use_cache initializer_range pad_token_id
-    bos_token_id eos_token_id torch_dtype dtype attention_dropout pretraining_tp attn_implementation auto_map
-    _attn_implementation output_attentions output_hidden_states return_dict tokenizer_class max_length
-    chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder add_cross_attention
-    cross_attention_hidden_size finetuning_task task_specific_params num_return_sequences unsloth_version
-    sliding_window_pattern_unused unsloth_fixed use_return_dict tie_encoder_decoder classifier_dropout
-    resid_pdrop attn_pdrop embd_pdrop hidden_dropout temperature top_k top_p do_sample""".split()
+    sep_token_id decoder_start_token_id attention_dropout classifier_dropout resid_pdrop attn_pdrop embd_pdrop
+    hidden_dropout pretraining_tp attn_implementation _attn_implementation _attn_implementation_autoset auto_map
+    output_attentions output_hidden_states return_dict use_return_dict return_dict_in_generate output_scores
+    tokenizer_class prefix max_length min_length chunk_size_feed_forward id2label label2id problem_type
+    is_encoder_decoder is_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder
+    finetuning_task task_specific_params num_return_sequences unsloth_version unsloth_fixed temperature top_k top_p
+    typical_p do_sample early_stopping num_beams num_beam_groups diversity_penalty length_penalty
+    repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    bad_words_ids suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id remove_invalid_values
+    pruned_heads torchscript tf_legacy_loss use_bfloat16""".split()
 )
 
 
@@ -83,125 +78,100 @@ def load_config(folder: Path) -> ModelConfig:
     Raises ConfigError for a missing or broken file, an unsupported architecture, or a field that would change the
     numbers in a way that is not implemented.
     """
-    raw = read_json(folder / "config.json")
-    names = raw.get("architectures") or ["none"]
-    if names[0] not in FAMILIES:
-        raise ConfigError(
-            f"{folder / 'config.json'}: architecture {names[0]!r} is not supported; supported are {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[names[0]]
+    path = folder / "config.json"
+    raw = read_json(path)
     generation = folder / "generation_config.json"
-    eos = _ids(raw.get("eos_token_id")) | (
-        _ids(read_json(generation).get("eos_token_id")) if generation.exists() else set()
-    )
+    more = read_json(generation) if generation.exists() else {}
     try:
-        return _parse(dict(raw), family, frozenset(eos))
+        eos = take_ids(more, "eos_token_id")
     except ConfigError as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ConfigError when it cannot be read as one."""
+        raise ConfigError(f"{generation}: {error}") from None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
+        return _parse(raw, eos)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
-def _parse(raw: dict[str, Any], family: str, eos: frozenset[int]) -> ModelConfig:
-    bos = raw.get("bos_token_id")
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"dtype {dtype!r} is not supported; supported are float32, bfloat16 and float16")
-    hidden, heads = _count(raw, "hidden_size"), _count(raw, "num_attention_heads")
-    layers = _count(raw, "num_hidden_layers")
-    kv_heads = raw.pop("num_key_value_heads", None) or heads
-    head_dim = raw.pop("head_dim", None) or hidden // heads
-    if heads % kv_heads or head_dim % 2:
-        raise ConfigError(f"{heads} heads cannot share {kv_heads} kv heads evenly, or head_dim {head_dim} is odd")
+def _parse(raw: dict[str, Any], more_eos: frozenset[int]) -> ModelConfig:
+    family = _family(raw)
+    module: Family = importlib.import_module(f"jmemserve.models.{family}")
+    raw = module.DEFAULTS | raw
+    hidden, heads = take_count(raw, "hidden_size"), take_count(raw, "num_attention_heads")
+    layers = take_count(raw, "num_hidden_layers")
+    kv_heads = take_count(raw, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    head_dim = take_count(raw, "head_dim", hidden // heads if hidden % heads == 0 else None)
+    if head_dim % 2:
+        raise ConfigError(f"head_dim {head_dim} is odd, but rotary embedding turns pairs")
     if (act := raw.pop("hidden_act", "silu")) not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {act!r} is not supported; only silu is")
-    max_len = _count(raw, "max_position_embeddings")
+    bos = raw.pop("bos_token_id", None)
     common: dict[str, Any] = {
         "family": family,
-        "vocab_size": _count(raw, "vocab_size"),
+        "vocab_size": take_count(raw, "vocab_size"),
         "hidden_size": hidden,
         "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
-        "intermediate_size": _count(raw, "intermediate_size"),
-        "norm_eps": float(raw.pop("rms_norm_eps", 1e-6)),
-        "rope": _rope(raw, max_len),
-        "tied_embeddings": bool(raw.pop("tie_word_embeddings", False)),
-        "max_model_len": max_len,
+        "intermediate_size": take_count(raw, "intermediate_size"),
+        "norm_eps": take_positive(raw, "rms_norm_eps", 1e-6),  # the default of every family
+        "rope": take_rope(raw),
+        "tied_embeddings": take_flag(raw, "tie_word_embeddings"),
+        "max_model_len": take_count(raw, "max_position_embeddings"),
         "windows": (None,) * layers,
-        "dtype": dtype,
-        "eos_token_ids": eos,
-        "bos_token_id": bos if isinstance(bos, int) else None,
+        "dtype": _take_dtype(raw),
+        "eos_token_ids": take_ids(raw, "eos_token_id") | more_eos,
+        "bos_token_id": bos if is_whole(bos) else None,
     }
-    module: Family = importlib.import_module(f"jmemserve.models.{family}")
     traits = module.traits(raw, layers)
     for key, value in raw.items():
-        if key not in _HARMLESS and value not in (None, False, [], {}):
+        switched_off = value is None or value is False or value == [] or value == {}  # 0 may mean something
+        if key not in _HARMLESS and not switched_off:
             raise ConfigError(f"field {key!r} with value {value!r} is not supported for {family}")
     return ModelConfig(**(common | traits))
 
 
-def layer_windows(raw: dict[str, Any], num_layers: int, use: bool) -> tuple[int | None, ...]:
-    """Windows per layer from ``sliding_window``, ``layer_types`` and ``max_window_layers``; takes these keys."""
-    window, kinds = raw.pop("sliding_window", None), raw.pop("layer_types", None)
-    full_below = raw.pop("max_window_layers", None)
-    raw.pop("use_sliding_window", None)
-    if kinds is not None:
-        known = {"full_attention", "sliding_attention"}
-        if len(kinds) != num_layers or not set(kinds) <= known:
-            raise ConfigError(f"layer_types must name {num_layers} layers, each one of {sorted(known)}, not {kinds}")
-        if "sliding_attention" in kinds and not window:
-            raise ConfigError("layer_types has sliding_attention, but there is no sliding_window")
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    if not use or window is None:
+def layer_windows(raw: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    """Windows per layer, as the Qwen families say them; takes the keys that have to do with it."""
+    use, kinds = take_flag(raw, "use_sliding_window"), raw.pop("layer_types", None)
+    window, full_below = raw.pop("sliding_window", None), raw.pop("max_window_layers", None)
+    if kinds is None:
+        if not use or window is None:
+            return (None,) * num_layers
+        if not is_whole(full_below) or full_below < 0:
+            raise ConfigError(f"max_window_layers must be a whole number, not {full_below!r}")
+        kinds = ["full_attention" if layer < full_below else "sliding_attention" for layer in range(num_layers)]
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
+        raise ConfigError(f"layer_types must name {num_layers} layers, each one of {', '.join(known)}, not {kinds!r}")
+    if "sliding_attention" not in kinds:
         return (None,) * num_layers
-    return tuple(None if layer < (full_below or 0) else int(window) for layer in range(num_layers))
+    if not use:
+        raise ConfigError("layer_types has sliding_attention, but use_sliding_window is not true")
+    size = take_count({"sliding_window": window}, "sliding_window")
+    return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _rope(raw: dict[str, Any], max_len: int) -> RopeConfig:
-    """From rope_theta and rope_scaling, or from the newer rope_parameters."""
-    fields = dict(raw.pop("rope_scaling", None) or {}) | dict(raw.pop("rope_parameters", None) or {})
-    theta = float(fields.pop("rope_theta", None) or raw.pop("rope_theta", None) or 10000.0)
-    raw.pop("rope_theta", None)
-    kind = fields.pop("rope_type", None) or fields.pop("type", None) or "default"
-    fields.pop("type", None)
-    known: dict[str, dict[str, str]] = {
-        "default": {},
-        "linear": {"factor": "factor"},
-        "llama3": {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_max_len",
-        },
-    }
-    if kind not in known:
-        raise ConfigError(f"rope scaling of type {kind!r} is not supported; supported are {', '.join(known)}")
-    found = {ours: fields.pop(theirs) for theirs, ours in known[kind].items() if theirs in fields}
-    if missing := set(known[kind].values()) - set(found) - {"original_max_len"}:
-        raise ConfigError(f"rope scaling of type {kind!r} lacks {', '.join(sorted(missing))}")
-    if unknown := {key: value for key, value in fields.items() if value is not None}:
-        raise ConfigError(f"rope scaling of type {kind!r} has unknown fields {unknown}")
-    return RopeConfig(theta=theta, kind=kind, **found)
+def _family(raw: dict[str, Any]) -> str:
+    """The name of the family's module."""
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ConfigError(f"architectures must be a list that begins with one of {', '.join(FAMILIES)}, not {names!r}")
+    if names[0] not in FAMILIES:
+        raise ConfigError(f"architecture {names[0]!r} is not supported; supported are {', '.join(FAMILIES)}")
+    own = raw.get("auto_map")
+    if isinstance(own, dict) and any(key.startswith("AutoModel") for key in own):
+        raise ConfigError("auto_map names a model's own code, which is never run; the numbers could differ from ours")
+    return FAMILIES[names[0]]
 
 
-def _count(raw: dict[str, Any], key: str) -> int:
-    value = raw.pop(key, None)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key} must be a positive whole number, not {value!r}")
-    return value
-
-
-def _ids(value: Any) -> set[int]:
-    many = value if isinstance(value, list) else [value]
-    return {item for item in many if isinstance(item, int) and not isinstance(item, bool)}
+def _take_dtype(raw: dict[str, Any]) -> str:
+    """Of the checkpoint: ``dtype``, or ``torch_dtype`` as it was once called."""
+    older = raw.pop("torch_dtype", None)
+    found = raw.pop("dtype", None) or older or "float32"
+    dtype = str(found).removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype {dtype!r} is not supported; supported are float32, bfloat16 and float16")
+    return dtype

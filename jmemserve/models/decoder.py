@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jmemserve.models.config import ModelConfig, RopeConfig
+from jmemserve.models.config import ModelConfig
 from jmemserve.models.describe import Weight, describe_layer, describe_top
+from jmemserve.models.rope import RopeConfig
 
 Cache = TypeVar("Cache")
 # (cache, layer, q [T, N, H], k [T, K, H], v [T, K, H], window) -> (out [T, N, H], cache)
@@ -37,15 +38,7 @@ def rms_norm(weight: jax.Array, x: jax.Array, eps: float, axis: int) -> jax.Arra
 
 def rope_angles(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin [H/2, T] of every position (i32[T]), in float32."""
-    frequency = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if rope.kind == "linear":
-        frequency = frequency / rope.factor
-    elif rope.kind == "llama3":
-        turns = rope.original_max_len * frequency / (2 * jnp.pi)  # over the original context
-        slow, fast = rope.low_freq_factor, rope.high_freq_factor
-        share = jnp.clip((turns - slow) / (fast - slow), 0, 1)  # 0: stretch fully, 1: leave alone
-        frequency = frequency * (share + (1 - share) / rope.factor)
-    angles = frequency[:, None] * positions.astype(jnp.float32)[None]
+    angles = rope.frequencies(head_dim)[:, None] * positions.astype(jnp.float32)[None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from jmemserve.errors import ConfigError
+from jmemserve.models.fields import refuse_flags
+
+DEFAULTS: dict[str, Any] = {}
 
 
 def traits(raw: dict[str, Any], num_layers: int) -> dict[str, Any]:
     """Nothing beyond the common shape; biases, which some descendants have, are refused."""
-    for key in ("attention_bias", "mlp_bias"):
-        if raw.pop(key, False):
-            raise ConfigError(f"field {key!r} with value True is not supported for llama")
+    refuse_flags(raw, "attention_bias", "mlp_bias")
     return {}

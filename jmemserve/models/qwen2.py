@@ -4,7 +4,9 @@ from typing import Any
 
 from jmemserve.models.config import layer_windows
 
+DEFAULTS: dict[str, Any] = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+
 
 def traits(raw: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    use = bool(raw.get("use_sliding_window", False))
-    return {"attention_bias": True, "windows": layer_windows(raw, num_layers, use)}
+    """Biases always, windows if config.json says so."""
+    return {"attention_bias": True, "windows": layer_windows(raw, num_layers)}

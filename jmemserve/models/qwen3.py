@@ -1,13 +1,19 @@
-"""Qwen3 (dense): RMS norm on each query and key head, biases only if config.json says so."""
+"""Qwen3 (dense): RMS norm on each query and key head; a sliding window as in Qwen2; biases are refused."""
 
 from typing import Any
 
-from jmemserve.errors import ConfigError
 from jmemserve.models.config import layer_windows
+from jmemserve.models.fields import refuse_flags
+
+DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 
 def traits(raw: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    if raw.pop("attention_bias", False):
-        raise ConfigError("field 'attention_bias' with value True is not supported for qwen3")
-    use = bool(raw.get("use_sliding_window", False))
-    return {"qk_norm": True, "windows": layer_windows(raw, num_layers, use)}
+    """Norms of queries and keys always, windows if config.json says so."""
+    refuse_flags(raw, "attention_bias")
+    return {"qk_norm": True, "windows": layer_windows(raw, num_layers)}
