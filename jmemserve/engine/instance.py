@@ -181,7 +181,6 @@ class Instance:
         for transfer_id in [key for key, other in self._moving.items() if other is seq]:
             del self._moving[transfer_id]
             self._route(self.sender.abort(transfer_id))
-            seq.blocks, seq.table = [], []  # the transfer held them and has given them back
         self.scheduler.finish(seq)
         self._finished(seq, reason, error)
 
@@ -247,13 +246,10 @@ class Instance:
         assert seq.decode_hint is not None and seq.landed == len(seq.tokens) - 1, (seq.decode_hint, seq.landed)
         seq.stamps.left = now
         state = Handover(seq.request, tuple(seq.tokens), seq.landed, seq.cached_tokens, seq.stamps)
-        blocks = seq.blocks[: -(-seq.landed // self.pool.block_size)]
-        self.pool.free_mem(seq.blocks[len(blocks) :])
-        seq.blocks, seq.table = list(blocks), seq.table[: len(blocks)]
         offer = self.sender.start(
             destination=seq.decode_hint,
             tokens=state.tokens[: seq.landed],
-            blocks=blocks,
+            blocks=self.scheduler.hand_blocks_over(seq),
             salt=seq.request.salt,
             layout=repr(self.runner.store.layout),
             private=state,
@@ -288,12 +284,7 @@ class Instance:
 
     def _settle_here(self, transfer_id: str) -> None:
         """The move failed: any instance can catch up any sequence, so this one does."""
-        seq = self._moving.pop(transfer_id)
-        seq.blocks, seq.table = [], []  # the sender has given them back; most are still in the cache
-        self.scheduler.leaving.remove(seq)
-        seq.stays, seq.state, seq.turns = True, State.WAITING, seq.turns + 1
-        seq.computed = seq.landed = seq.indexed = 0
-        self.scheduler.submit(seq)
+        self.scheduler.stay(self._moving.pop(transfer_id))
 
     # -- taking a sequence in ---------------------------------------------------------------------------------
 

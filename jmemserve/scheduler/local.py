@@ -65,16 +65,26 @@ class LocalScheduler:
         self._give_back(seq)
         seq.state = State.FINISHED
 
+    def hand_blocks_over(self, seq: Sequence) -> list[BlockAddress]:
+        """The blocks of a leaving sequence that hold computed tokens: from now on the caller's. Others are freed."""
+        assert seq.state is State.LEAVING, seq.state
+        full = -(-seq.landed // self.pool.block_size)
+        blocks, surplus = seq.blocks[:full], seq.blocks[full:]
+        self.pool.free_mem(surplus)
+        seq.blocks, seq.table, seq.turns = [], [], seq.turns + 1
+        return blocks
+
     def leave(self, seq: Sequence) -> None:
-        """A sequence that has left for another instance; its blocks are the transfer's business now."""
+        """A sequence whose blocks were handed over lives elsewhere now."""
         self.leaving.remove(seq)
-        seq.blocks, seq.table, seq.turns, seq.state = [], [], seq.turns + 1, State.FINISHED
+        seq.state = State.FINISHED
 
     def stay(self, seq: Sequence) -> None:
-        """Nobody takes this sequence: it goes on running here."""
+        """Nobody took a sequence whose blocks were handed over: it is caught up here, mostly from the cache."""
         self.leaving.remove(seq)
-        seq.stays, seq.state = True, State.RUNNING
-        self._insert_by_arrival(self.running, seq)
+        seq.stays, seq.state = True, State.WAITING
+        seq.computed = seq.landed = seq.indexed = 0
+        self._queue(seq)
 
     def sequences(self) -> Iterable[Sequence]:
         yield from (*self.running, *self.leaving, *self.waiting)
