@@ -6,8 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jmemserve.models import ModelConfig
+
+
+def model_mesh(size: int = 1) -> Mesh:
+    """The first devices as a mesh with the axis "model"."""
+    return Mesh(np.array(jax.devices()[:size]), ("model",))
 
 
 def dense_attend(cache, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None):

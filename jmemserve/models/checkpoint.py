@@ -14,7 +14,8 @@ from jmemserve.models.describe import Source, Weight
 from jmemserve.models.fields import read_json
 
 INDEX = "model.safetensors.index.json"
-_TYPES = ("F32", "BF16", "F16")
+SINGLE = "model.safetensors"
+_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Tensors that some checkpoints carry and that are derived from config.json.
 _DERIVED = ("rotary_emb.inv_freq", "attention.masked_bias", "attn.bias")
 
@@ -35,11 +36,21 @@ class Checkpoint:
             present = set(handle.keys())
             if missing := sorted((names or present) - present):
                 raise CheckpointError(f"{path} lacks the tensor {missing[0]!r} that {INDEX} says it holds")
+            if twice := sorted(self._homes.keys() & (names or present)):
+                raise CheckpointError(
+                    f"{path} and {self._homes[twice[0]]} both hold the tensor {twice[0]!r}, and there is no {INDEX} to "
+                    "say which counts; remove one of the files"
+                )
             self._homes |= dict.fromkeys(names or present, path)
 
     @property
     def names(self) -> set[str]:
         return set(self._homes)
+
+    def dtypes(self) -> set[str]:
+        """Names of the types that the tensors have."""
+        found = {self._slice_of(name).get_dtype() for name in self._homes if not name.endswith(_DERIVED)}
+        return {_TYPES.get(name, name) for name in found}
 
     def check(self, weights: dict[str, Weight], tied: bool) -> None:
         """Every tensor that the model needs is there in its shape, and nothing else that could matter."""
@@ -135,18 +146,34 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
             raise CheckpointError(f"{folder / INDEX} has no weight_map")
         names: dict[str, set[str]] = {}
         for tensor, file in weight_map.items():
-            names.setdefault(str(file), set()).add(tensor)
+            if not isinstance(file, str):
+                raise CheckpointError(f"{folder / INDEX}: the file of {tensor!r} must be a name, not {file!r}")
+            names.setdefault(file, set()).add(tensor)
         for file, tensors in sorted(names.items()):
-            if Path(file).name != file:
-                raise CheckpointError(f"{folder / INDEX} names the file {file!r}; only files beside it can be named")
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{folder / INDEX} names the file {file!r}; only *.safetensors beside it can be named"
+                )
             if not (folder / file).is_file():
                 raise CheckpointError(f"{folder / INDEX} names the file {file!r}, which is not there; fetch it")
             yield folder / file, tensors
         return
-    single = sorted(folder.glob("*.safetensors"))
-    if not single:
-        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
-        hint = f"; {pickled[0].name} is a pickle, which is never read: convert it to safetensors" if pickled else ""
-        raise CheckpointError(f"{folder} has no safetensors file{hint}")
-    for path in single:
+    if (folder / SINGLE).is_file():  # others beside it say the same in other words: consolidated.safetensors
+        yield folder / SINGLE, None
+        return
+    if not has_safetensors(folder):
+        raise CheckpointError(no_safetensors(folder))
+    for path in sorted(folder.glob("*.safetensors")):
         yield path, None
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a model folder has weights in safetensors, or an index that says so."""
+    return any(folder.glob("*.safetensors")) or (folder / INDEX).is_file()
+
+
+def no_safetensors(folder: Path) -> str:
+    """What to say of a folder without."""
+    pickled = sorted(path.name for suffix in ("bin", "pth", "pt") for path in folder.glob(f"*.{suffix}"))
+    hint = f" ({pickled[0]} is a pickle, which is never read: convert it to safetensors)" if pickled else ""
+    return f"{folder} has no safetensors file{hint}"

@@ -31,8 +31,9 @@ def is_whole(value: Any) -> bool:
 
 def take_count(raw: dict[str, Any], key: str, default: int | None = None) -> int:
     """A positive whole number; ``default`` stands for a missing or null one, unless it is None."""
-    value = raw.pop(key, None)
-    value = default if value is None else value
+    value: Any = raw.pop(key, None)
+    if value is None:
+        value = default
     if not is_whole(value) or not 1 <= value <= MAX_COUNT:
         raise ConfigError(f"{key} must be a positive whole number, not {value!r}")
     return value
@@ -40,8 +41,9 @@ def take_count(raw: dict[str, Any], key: str, default: int | None = None) -> int
 
 def take_positive(raw: dict[str, Any], key: str, default: float | None = None) -> float:
     """A finite number above 0; ``default`` stands for a missing or null one, unless it is None."""
-    value = raw.pop(key, None)
-    value = default if value is None else value
+    value: Any = raw.pop(key, None)
+    if value is None:
+        value = default
     if not (is_whole(value) or isinstance(value, float)) or not 0 < value <= MAX_NUMBER:  # NaN is neither
         raise ConfigError(f"{key} must be a number above 0, not {value!r}")
     return float(value)

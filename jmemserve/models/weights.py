@@ -8,19 +8,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jmemserve.config import LoadFormat
 from jmemserve.errors import CheckpointError
-from jmemserve.models.checkpoint import Checkpoint
+from jmemserve.models.checkpoint import Checkpoint, has_safetensors, no_safetensors
 from jmemserve.models.config import ModelConfig
 from jmemserve.models.decoder import Decoder
 from jmemserve.models.describe import Weight, describe
-
-ORBAX_FOLDER = "orbax"  # inside a model folder
+from jmemserve.models.orbax_io import has_orbax, restore_orbax
 
 Progress = Callable[[int, int], None]  # (bytes so far, bytes in all)
 Model = tuple[nnx.GraphDef, nnx.State]
@@ -44,20 +42,18 @@ def load(
     if form is LoadFormat.DUMMY:
         return init_dummy(config, dtype, mesh, seed, progress)
     if form is LoadFormat.ORBAX:
-        return build(config, dtype, mesh, _orbax_reader(folder, config, dtype, mesh), progress)
+        return load_orbax(folder, config, dtype, mesh, progress)
     return load_safetensors(folder, config, dtype, mesh, progress)
 
 
 def detect(folder: Path) -> LoadFormat:
     """Which kind of checkpoint a folder holds. Raises CheckpointError if none."""
-    if any(folder.glob("*.safetensors")):
+    if has_safetensors(folder):
         return LoadFormat.SAFETENSORS
-    if (folder / ORBAX_FOLDER).is_dir():
+    if has_orbax(folder):
         return LoadFormat.ORBAX
-    if any(folder.glob("*.safetensors.index.json")):
-        return LoadFormat.SAFETENSORS
     raise CheckpointError(
-        f"{folder} has neither *.safetensors nor an {ORBAX_FOLDER} folder; use --load-format dummy for random weights"
+        f"{no_safetensors(folder)}, nor an orbax folder; --load-format dummy would serve random weights"
     )
 
 
@@ -92,11 +88,15 @@ def load_safetensors(folder: Path, config: ModelConfig, dtype: str, mesh: Mesh, 
     return build(config, dtype, mesh, make, progress)
 
 
-def save_orbax(state: nnx.State, folder: Path) -> None:
-    """Write the weights of a model into ``folder``/orbax, which must not exist."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / ORBAX_FOLDER).absolute(), flat(state))
-        checkpointer.wait_until_finished()
+def load_orbax(folder: Path, config: ModelConfig, dtype: str, mesh: Mesh, progress: Progress) -> Model:
+    """Weights from ``folder``/orbax, as jmemserve.convert writes it."""
+    weights, sizes = describe(config), dict(mesh.shape)
+    target = {
+        name: jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, P(*weight.spec(sizes))))
+        for name, weight in weights.items()
+    }
+    restored = restore_orbax(folder, weights, target)
+    return build(config, dtype, mesh, lambda path, weight, sharding: restored.pop(path), progress)
 
 
 def flat(state: nnx.State) -> dict[str, jax.Array]:
@@ -127,36 +127,6 @@ def build(
 
     graph, state = nnx.split(Decoder(config, param))
     return graph, state
-
-
-def _orbax_reader(
-    folder: Path, config: ModelConfig, dtype: str, mesh: Mesh
-) -> Callable[[str, Weight, NamedSharding], jax.Array]:
-    """Restore everything at once (Orbax reads in parallel, straight into the shards), then hand out by path."""
-    path = (folder / ORBAX_FOLDER).absolute()
-    if not path.is_dir():
-        raise CheckpointError(f"{folder} has no {ORBAX_FOLDER} folder; make one with python -m jmemserve.convert")
-    sizes = dict(mesh.shape)
-    target = {
-        name: jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, P(*weight.spec(sizes))))
-        for name, weight in describe(config).items()
-    }
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            saved = checkpointer.metadata(path).item_metadata.tree
-            for name, weight in describe(config).items():
-                found = tuple(saved[name].shape) if name in saved else None
-                if found != weight.shape:
-                    raise CheckpointError(
-                        f"{path}: weight {name!r} has shape {found}, but config.json makes it {weight.shape}; "
-                        "the two do not belong together"
-                    )
-            restored = checkpointer.restore(path, target)
-    except CheckpointError:
-        raise
-    except Exception as error:  # Orbax and TensorStore raise whatever they like for a broken checkpoint
-        raise CheckpointError(f"{path} cannot be restored: {error}") from error
-    return lambda name, weight, sharding: restored[name]
 
 
 def _bytes(weight: Weight, dtype: str) -> int:

@@ -1,0 +1,120 @@
+"""Every family against transformers: logits, greedy tokens, one device and two, and through the whole engine.
+
+The fixtures are made by make_fixtures.py; only numpy is needed to read them.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_driver import Driver
+from oracle import model_mesh, naive_generate, naive_logits
+
+from jmemserve.config import LoadFormat, Warmup
+from jmemserve.errors import ConfigError
+from jmemserve.models import ModelConfig, load_config, weights
+from jmemserve.types import SamplingParams
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = ("llama2", "llama3", "llama_linear", "mistral", "qwen2", "qwen2_window", "qwen3")
+PROMPTS = 3
+MESHES = {"llama3": "colocated", "mistral": "prefill+decode", "qwen2_window": "colocated:2", "qwen3": "prefill+decode"}
+
+
+@functools.cache
+def loaded(name: str, size: int, dtype: str = "float32") -> tuple[ModelConfig, weights.Model]:
+    config = load_config(FIXTURES / name)
+    folder = FIXTURES / name
+    return config, weights.load(folder, LoadFormat.AUTO, config, dtype, model_mesh(size), 0, lambda done, total: None)
+
+
+@functools.cache
+def reference(name: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / name / "reference.npz") as arrays:
+        return dict(arrays)
+
+
+def prompts(name: str) -> list[list[int]]:
+    return [reference(name)[f"prompt{number}"].tolist() for number in range(PROMPTS)]
+
+
+def greedy(name: str) -> list[list[int]]:
+    return [reference(name)[f"greedy{number}"].tolist() for number in range(PROMPTS)]
+
+
+def error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference, relative to the largest value."""
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(name: str, size: int) -> None:
+    _, model = loaded(name, size)
+    for number, prompt in enumerate(prompts(name)):
+        assert error(naive_logits(*model, prompt), reference(name)[f"logits{number}"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_devices_hold_half_each(name: str) -> None:
+    config, (_, state) = loaded(name, 2)
+    arrays = weights.flat(state)
+    for path in ("embed", "layers.0.qkv", "layers.1.out", "layers.0.gate_up", "layers.1.down"):
+        assert [shard.data.nbytes * 2 for shard in arrays[path].addressable_shards] == [arrays[path].nbytes] * 2, path
+    assert arrays["norm"].is_fully_replicated
+    assert ("lm_head" in arrays) is not config.tied_embeddings
+    assert sum(array.nbytes for array in arrays.values()) == weights.num_bytes(config, "float32")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_continuations_are_those_of_transformers(name: str) -> None:
+    config, model = loaded(name, 1)
+    for prompt, wanted in zip(prompts(name), greedy(name), strict=True):
+        assert naive_generate(*model, config, prompt, len(wanted)) == wanted
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_engine_makes_the_same_tokens(name: str) -> None:
+    """All prompts at once, so that they share steps, with blocks of 4 tokens and prompts in several chunks."""
+    params = SamplingParams(temperature=0, max_tokens=len(greedy(name)[0]))
+    with Driver(FIXTURES / name, MESHES[name], load_format=LoadFormat.AUTO, warmup=Warmup.FAST) as driver:
+        assert driver.generate(prompts(name), params) == greedy(name)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
+def test_bfloat16_is_near(name: str) -> None:
+    _, model = loaded(name, 1, "bfloat16")
+    assert {array.dtype.name for array in weights.flat(model[1]).values()} == {"bfloat16"}
+    assert error(naive_logits(*model, prompts(name)[1]), reference(name)["logits1"]) < 0.1
+
+
+def test_every_feature_of_the_fixtures_is_on() -> None:
+    """What a fixture is for can be seen in its config, so a fixture that lost it would be noticed."""
+    configs = {name: load_config(FIXTURES / name) for name in NAMES}
+    assert configs["llama2"].group == 1 and not configs["llama2"].tied_embeddings
+    assert configs["llama3"].rope.kind == "llama3" and configs["llama3"].group == 2
+    assert configs["llama3"].num_heads * configs["llama3"].head_dim != configs["llama3"].hidden_size
+    assert configs["llama_linear"].rope.kind == "linear" and configs["llama_linear"].rope.factor == 4
+    assert configs["mistral"].windows == (8, 8)
+    assert configs["qwen2"].attention_bias and configs["qwen2"].windows == (None, None)
+    assert configs["qwen2_window"].windows == (None, 8)
+    assert configs["qwen3"].qk_norm and configs["qwen3"].tied_embeddings
+    assert (FIXTURES / "qwen3" / "model.safetensors.index.json").is_file()
+    assert all(config.eos_token_ids == {2} and config.bos_token_id == 1 for config in configs.values())
+    assert sum(path.stat().st_size for path in FIXTURES.rglob("*")) < 2_500_000
+
+
+def test_rope_frequencies_do_not_depend_on_the_device() -> None:
+    """Far into a long context the angle is frequency times position: an error of the last bit would show."""
+    rope = load_config(FIXTURES / "llama3").rope
+    exact = rope.theta ** (-np.arange(0, 64, 2, dtype=np.float64) / 64)
+    found = rope.frequencies(64)
+    assert found.dtype == np.float32
+    assert found[0] == 1 and found[-1] == np.float32(exact[-1] / rope.factor)
+    assert (found <= exact.astype(np.float32)).all()
+
+
+def test_a_mesh_that_does_not_divide_the_heads_is_refused() -> None:
+    with pytest.raises(ConfigError, match="2 kv_heads, which do not divide evenly over model=4"):
+        loaded("qwen3", 4)

@@ -1,0 +1,205 @@
+"""config.json: what is read out of it, and what is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jmemserve.errors import ConfigError
+from jmemserve.models import ModelConfig, load_config
+
+ABSENT = object()
+BASE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "torch_dtype": "float32",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def read(folder: Path, family: str = "Llama", **changes: Any) -> ModelConfig:
+    raw = BASE | {"architectures": [f"{family}ForCausalLM"]} | changes
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not ABSENT}))
+    return load_config(folder)
+
+
+def refused(folder: Path, family: str = "Llama", **changes: Any) -> str:
+    """The sentence, which begins with the file."""
+    with pytest.raises(ConfigError) as caught:
+        read(folder, family, **changes)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{folder / 'config.json'}: ")
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture 'GPT2LMHeadModel' is not supported; supported"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list"),
+        ({"architectures": ABSENT}, "architectures must be a list"),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, "auto_map"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"logit_scale": 0.5}, "field 'logit_scale' with value 0.5 is not supported for llama"),
+        ({"embedding_multiplier": 0}, "embedding_multiplier"),
+        ({"sliding_window": 8}, "sliding_window"),
+        ({"vocab_size": True}, "vocab_size must be a positive whole number, not True"),
+        ({"hidden_size": ABSENT}, "hidden_size must be a positive whole number, not None"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads"),
+        ({"num_key_value_heads": -2}, "num_key_value_heads"),
+        ({"num_key_value_heads": 2.0}, "num_key_value_heads"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 5}, "head_dim 5 is odd"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"hidden_size": 18}, "head_dim"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
+        ({"eos_token_id": "2"}, "eos_token_id"),
+        ({"eos_token_id": [2, None]}, "eos_token_id"),
+        ({"rope_theta": "x"}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope scaling of type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope scaling of type 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": ["linear"]}}, "rope scaling of type ['linear'] is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "rope scaling of type 'linear': factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number above 0"),
+        ({"rope_scaling": LLAMA3 | {"beta_fast": 1}}, "unknown fields {'beta_fast': 1}"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}}, "original_max_position_embeddings"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor (4.0) must be below"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "unknown fields"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ],
+)
+def test_what_is_wrong_or_unsupported_is_refused_by_name(tmp_path: Path, changes: dict, words: str) -> None:
+    assert words in refused(tmp_path, **changes)
+
+
+def test_refusals_of_families(tmp_path: Path) -> None:
+    assert "sliding_window" in refused(tmp_path, "Mistral", sliding_window="x")
+    assert "sliding_window" in refused(tmp_path, "Mistral", sliding_window=0)
+    assert "layer_types" in refused(tmp_path, "Mistral", layer_types=["full_attention"] * 2)
+    assert "multiple of num_key_value_heads 8" in refused(tmp_path, "Mistral", num_key_value_heads=ABSENT)
+    assert "layer_types must name 2 layers" in refused(tmp_path, "Qwen2", layer_types=["full_attention"])
+    assert "layer_types" in refused(tmp_path, "Qwen2", layer_types=3)
+    assert "max_window_layers" in refused(tmp_path, "Qwen2", use_sliding_window=True, max_window_layers="x")
+    both = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}
+    assert "use_sliding_window is not true" in refused(tmp_path, "Qwen2", **both)
+    assert "sliding_window" in refused(tmp_path, "Qwen2", use_sliding_window=True, **both | {"sliding_window": -1})
+    assert "attention_bias" in refused(tmp_path, "Qwen3", attention_bias=True)
+
+
+def test_windows(tmp_path: Path) -> None:
+    assert read(tmp_path, "Mistral", sliding_window=8).windows == (8, 8)
+    assert read(tmp_path, "Mistral", sliding_window=None).windows == (None, None)
+    assert read(tmp_path, "Mistral").windows == (4096, 4096)
+    assert read(tmp_path, "Qwen2", sliding_window=8).windows == (None, None)
+    assert read(tmp_path, "Qwen2", sliding_window=8, use_sliding_window=True).windows == (None, None)  # from layer 28
+    upper = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
+    assert read(tmp_path, "Qwen2", **upper).windows == (None, 8)
+    kinds = ["sliding_attention", "full_attention"]  # stronger than max_window_layers
+    assert read(tmp_path, "Qwen3", layer_types=kinds, **upper).windows == (8, None)
+
+
+def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
+    config = read(tmp_path, num_key_value_heads=ABSENT, rms_norm_eps=ABSENT)
+    assert (config.num_kv_heads, config.head_dim, config.norm_eps, config.rope.theta) == (4, 4, 1e-6, 10000.0)
+    assert read(tmp_path, "Qwen3").head_dim == 128
+    assert read(tmp_path, "Mistral", num_attention_heads=8, num_key_value_heads=ABSENT).num_kv_heads == 8
+
+
+def test_old_and_new_names_mean_the_same(tmp_path: Path) -> None:
+    old = read(tmp_path, rope_theta=5e5, rope_scaling=LLAMA3, torch_dtype="bfloat16")
+    new = read(tmp_path, rope_parameters=LLAMA3 | {"rope_theta": 5e5}, torch_dtype=ABSENT, dtype="bfloat16")
+    assert old == new and hash(old) == hash(new)
+    assert old.rope.kind == "llama3" and old.dtype == "bfloat16"
+    older = read(tmp_path, rope_scaling={"type": "linear", "factor": 2})
+    assert older.rope == read(tmp_path, rope_scaling={"rope_type": "linear", "factor": 2.0}).rope
+
+
+def test_what_is_switched_off_or_harmless_passes(tmp_path: Path) -> None:
+    plain = read(tmp_path)
+    off = {"attention_bias": False, "logit_scale": None, "quantization_config": {}, "partial_rotary_factor": 1.0}
+    assert read(tmp_path, **off, pad_token_id=-1, auto_map={"AutoTokenizer": "x.Y"}, use_cache=True) == plain
+
+
+def test_eos_ids_are_united(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert read(tmp_path, eos_token_id=2).eos_token_ids == {2, 3, 4}
+    assert read(tmp_path).eos_token_ids == {3, 4}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ConfigError, match=r"generation_config\.json: eos_token_id"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"x"', b"\xff{}", b"[" * 100_000])
+def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_config(tmp_path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        load_config(tmp_path)
+
+
+KEYS = (
+    *BASE,
+    *"head_dim rope_theta rope_scaling rope_parameters sliding_window layer_types max_window_layers dtype".split(),
+    *"use_sliding_window tie_word_embeddings eos_token_id bos_token_id attention_bias auto_map".split(),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.sampled_from(["x", "linear", "llama3", "type"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "rope_type", "factor", "rope_theta", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    family=st.sampled_from(["Llama", "Mistral", "Qwen2", "Qwen3"]),
+    changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4),
+)
+def test_any_json_gives_a_sound_config_or_a_config_error(
+    tmp_path_factory: pytest.TempPathFactory, family: str, changes: dict[str, Any]
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any"
+    folder.mkdir(exist_ok=True)
+    try:
+        config = read(folder, family, **changes)
+    except ConfigError:
+        return
+    assert config.num_heads == config.num_kv_heads * config.group
+    assert config.head_dim % 2 == 0 and config.head_dim > 0
+    assert len(config.windows) == config.num_layers
+    assert all(window is None or window > 0 for window in config.windows)
+    assert 0 < config.norm_eps < float("inf") and config.rope.theta > 0 and config.rope.factor > 0
+    hash(config)
