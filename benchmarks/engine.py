@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded per sequence")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compilation-cache-dir", help="keep compiled steps here between runs")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
@@ -87,7 +88,7 @@ def main() -> None:
         kv_cache_tokens=32768,
         max_num_seqs=max(args.batches),
         max_num_batched_tokens=1024,
-        compilation_cache_dir=None,
+        compilation_cache_dir=args.compilation_cache_dir,
     )
     driver = Driver(engine)
     config = driver.cluster.model_config
