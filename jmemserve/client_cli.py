@@ -36,7 +36,10 @@ _NUMBERS: tuple[tuple[str, type, str], ...] = (
 
 def main(argv: Sequence[str]) -> int:
     """Return the exit code: 0; 1 after an error, with a sentence; 130 after Ctrl-C, which cancels the request."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.system is not None and arguments.chat is None:
+        parser.error("--system is the system message of a chat; give --chat too")
     try:
         with Client(arguments.address) as client:
             return _control(client, arguments) if _is_control(arguments) else _generate(client, arguments)

@@ -89,11 +89,17 @@ class LLM:
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Generation]:
         """A generation per prompt, each checked."""
+        if not isinstance(prompts, Sequence) or any(isinstance(prompt, int) for prompt in prompts):
+            raise InvalidRequest("prompts must be a text, a list of texts, or a list of lists of token ids")
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise InvalidRequest(f"{len(prompts)} prompts, but {len(each)} params; give one for all, or one each")
         generations = []
         for prompt, own in zip(prompts, each, strict=True):
+            if not isinstance(own, SamplingParams):
+                raise InvalidRequest(f"params must be SamplingParams, not {type(own).__name__}")
+            if not isinstance(prompt, str) and not all(isinstance(token, int) for token in prompt):
+                raise InvalidRequest("a prompt must be a text or a list of token ids")
             if isinstance(prompt, str) and not prompt:
                 raise InvalidRequest("the prompt is empty; give some text")
             tokens = self._model.encode_text(prompt) if isinstance(prompt, str) else tuple(prompt)

@@ -1,6 +1,7 @@
 """``python -m jmemserve.serve``: flags to a running server."""
 
 import asyncio
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ def main(argv: Sequence[str]) -> int:
 
     0: drained; 1: the port is in use, or the engine failed; 2: a flag, file or model cannot be used.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the server listens to signals itself
     try:
         config, only_print = parse_flags(argv)
         if only_print:
@@ -23,6 +25,9 @@ def main(argv: Sequence[str]) -> int:
         from jmemserve.server.app import run
 
         return asyncio.run(run(config, ConsoleReport()))
+    except KeyboardInterrupt:
+        print("stopped at once", file=sys.stderr)
+        return 0
     except ConfigError as error:
         print(f"jmemserve: {error}", file=sys.stderr)
         return 2

@@ -62,13 +62,20 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # one stop string, as in vLLM
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
     def check(self) -> None:
         """Raise InvalidRequest, naming the field and what it may be, if any value can never work."""
+        self._check_types()
         for name, low, high in (
             ("temperature", 0.0, 100.0),
             ("top_p", 0.0, 1.0),
             ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 0.0, 100.0),
+            ("repetition_penalty", 0.01, 100.0),
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
         ):
@@ -77,10 +84,8 @@ class SamplingParams:
                 raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {value}")
         if self.top_p == 0:
             raise InvalidRequest("top_p must be above 0; use temperature 0 for greedy decoding")
-        if self.repetition_penalty == 0:
-            raise InvalidRequest("repetition_penalty must be above 0; 1 switches it off")
-        if self.top_k < -1:
-            raise InvalidRequest(f"top_k must be -1 or 0 (off) or a positive count, not {self.top_k}")
+        if not -1 <= self.top_k < 2**31:
+            raise InvalidRequest(f"top_k must be -1 or 0 (off) or a count below 2**31, not {self.top_k}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise InvalidRequest(f"seed must be from 0 to 2**63 - 1, not {self.seed}")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -98,6 +103,24 @@ class SamplingParams:
         if not 1 <= self.n <= MAX_N:
             raise InvalidRequest(f"n must be from 1 to {MAX_N}, not {self.n}")
 
+    def _check_types(self) -> None:
+        """Callers in Python can put anything anywhere."""
+        wholes = ("top_k", "min_tokens", "n", "seed", "max_tokens", "logprobs")
+        for name in wholes:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | None):
+                raise InvalidRequest(f"{name} must be a whole number, not {value!r}")
+        if None in (self.top_k, self.min_tokens, self.n):
+            raise InvalidRequest("top_k, min_tokens and n must be whole numbers, not None")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InvalidRequest(f"{name} must be a number, not {value!r}")
+        if not all(isinstance(text, str) for text in self.stop):
+            raise InvalidRequest(f"stop must be texts, not {self.stop!r}")
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in self.stop_token_ids):
+            raise InvalidRequest(f"stop_token_ids must be whole numbers, not {self.stop_token_ids!r}")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
@@ -111,6 +134,7 @@ class Request:
     salt: str = ""  # prefix cache entries are shared only between requests of the same salt
     arrival: float = 0.0  # seconds on the server's monotonic clock
     deadline: float | None = None  # same clock; None: no deadline
+    follows: str = ""  # id of the first output of the same call: a later output is part of work accepted before
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

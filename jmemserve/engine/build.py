@@ -109,7 +109,7 @@ def build(
             bar.close()
         counter.close()
         if engine.compilation_cache_dir is not None:
-            report.line(f"    {counter.found} of {counter.count} from the compilation cache")
+            report.line(f"    {counter.found} of {counter.count} compilations found in the cache")
     return Parts(runner, MemPool(spec.name, epoch, num_blocks, engine.block_size), shapes, max_model_len)
 
 

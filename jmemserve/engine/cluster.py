@@ -55,7 +55,7 @@ class Cluster:
         self._tickets: dict[str, _Ticket] = {}  # by inner id
         self._inner: dict[str, str] = {}  # outer id -> inner id
         self._numbers = itertools.count(1)
-        self._accepting = False
+        self._accepting = self._stopped = False
         self._instances: dict[str, Instance] = {}
         self._router: Router | None = None
         self._compiles: CompileCounter | None = None
@@ -113,7 +113,7 @@ class Cluster:
 
     def stop(self) -> None:
         """End every thread."""
-        self._accepting = False
+        self._accepting, self._stopped = False, True
         for instance in self._instances.values():
             instance.stop()
         if self._compiles is not None:
@@ -130,12 +130,14 @@ class Cluster:
         self._check(request)
         now = time.monotonic()
         with self._lock:
-            if not self._accepting or self._router is None:
+            # Later outputs of a call that was accepted are no new work: neither a drain nor the queue refuses them.
+            taken = bool(request.follows) and self.failure is None and not self._stopped
+            if self._router is None or not (self._accepting or taken):
                 raise Unavailable("the server is not taking requests: it is starting, draining or has failed")
             if request.id in self._inner:
                 raise DuplicateRequest(f"a request with id {request.id!r} is in flight; use another id, or wait for it")
             waiting = sum(not ticket.started for ticket in self._tickets.values())
-            if waiting >= self.spec.engine.max_queue:
+            if waiting >= self.spec.engine.max_queue and not taken:
                 raise Overloaded(f"{waiting} requests wait already (--max-queue); try again later", retry_after_s=1.0)
             inner = f"r{next(self._numbers)}"
             room = self.max_model_len - len(request.prompt)

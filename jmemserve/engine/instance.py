@@ -289,7 +289,8 @@ class Instance:
     # -- taking a sequence in ---------------------------------------------------------------------------------
 
     def _on_offer(self, offer: tx.Offer, now: float) -> None:
-        crowded = len(self._by_id) >= 2 * self.scheduler.max_seqs
+        # Whoever waits here for blocks is older than a newcomer: nobody is adopted before it has got them.
+        crowded = bool(self.scheduler.waiting) or len(self._by_id) >= 2 * self.scheduler.max_seqs
         layout = repr(self.runner.store.layout)
         if crowded or offer.layout != layout:
             reason = "too many sequences" if crowded else f"layouts differ: {offer.layout} and {layout}"

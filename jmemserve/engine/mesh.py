@@ -31,6 +31,7 @@ def make_mesh(spec: InstanceSpec, num_needed: int) -> Mesh:
         raise ConfigError(
             f"--mesh needs {num_needed} devices, but this machine has {len(devices)} ({devices[0].device_kind}); "
             "ask for fewer instances or smaller axes"
+            + (" (or a new process: JAX has started with these)" if devices[0].platform == "cpu" else "")
         )
     chosen = [devices[index] for index in spec.device_indices]
     return Mesh(np.array(chosen), (AXIS,))

@@ -236,7 +236,7 @@ def _make_draw(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     for row, piece in enumerate(plan.slices):
         request = piece.sequence.request
         params = request.params
-        floats[:, row] = params.temperature, params.top_p, params.min_p
+        floats[:, row] = params.temperature, max(params.top_p, 1e-30), params.min_p  # no top_p is 0 in float32
         position = piece.start + piece.length
         ints[:, row] = max(0, params.top_k), request.seed >> 32, request.seed & 0xFFFFFFFF, position
     return floats, ints.view(np.int32)

@@ -23,7 +23,7 @@ from jmemserve.server.flags import ServeConfig
 from jmemserve.server.frontend import Frontend
 from jmemserve.server.grpc_server import GrpcServer
 from jmemserve.server.model import load_model
-from jmemserve.server.text import load_text
+from jmemserve.server.text import eos_ids, load_text
 
 SAME_SIGNAL_S = 0.3  # a signal that follows another one so soon is no second wish
 FLUSH_S = 5.0  # what streams get to send their last messages, once nothing runs any more
@@ -63,7 +63,9 @@ async def run(config: ServeConfig, report: Report) -> int:
 
 async def _load(config: ServeConfig, report: Report, frontend: Frontend, stop: asyncio.Event) -> Cluster:
     """Start the engine and open the front-end, or end the process if ``stop`` is set before."""
-    text = load_text(model_folder(config.cluster.engine))
+    folder = model_folder(config.cluster.engine)
+    text = load_text(folder)
+    eos_ids(folder, text)  # whatever is wrong with these files is said before the long work
     cluster = Cluster(config.cluster, report, frontend.on_events)
     cluster.on_failure = frontend.on_failure
     loading = asyncio.ensure_future(_on_daemon_thread(cluster.start))

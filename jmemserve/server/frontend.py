@@ -172,7 +172,12 @@ class Frontend:
             self.state = State.DRAINING
         if self._cluster is None or self.state is State.FAILED:
             return True
-        return await asyncio.to_thread(self._cluster.drain, timeout_s)
+        limit, clean = time.monotonic() + timeout_s, True
+        while True:  # a call may have outputs that it has yet to submit
+            clean &= await asyncio.to_thread(self._cluster.drain, max(0.0, limit - time.monotonic()))
+            if not self._calls or time.monotonic() >= limit:
+                return clean
+            await asyncio.sleep(0.01)
 
     def on_events(self, events: list[Event]) -> None:
         """News of a step; called from the engine's threads."""

@@ -57,7 +57,17 @@ class Generation:
         base = seed if params.seed is None else params.seed
         ids = [request_id] if params.n == 1 else [f"{request_id}:{index}" for index in range(params.n)]
         self._requests = [
-            Request(id, prompt, params, derive_seed(base, index), model.stop_ids(params), salt, arrival, deadline)
+            Request(
+                id,
+                prompt,
+                params,
+                derive_seed(base, index),
+                model.stop_ids(params),
+                salt,
+                arrival,
+                deadline,
+                ids[0] if index else "",
+            )
             for index, id in enumerate(ids)
         ]
         self._outputs = {id: _Output(model, self._requests[0], request_id, index) for index, id in enumerate(ids)}

@@ -1,6 +1,8 @@
 """The gRPC server: services, health and reflection on one port, and the channel options of both ends."""
 
+import asyncio
 import socket
+import time
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -29,6 +31,9 @@ _SERVER_OPTIONS = (
 )
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+LAST_WORDS_S = 0.5  # for the status of a stream whose messages are all sent
 
 
 class GrpcServer:
@@ -64,8 +69,11 @@ class GrpcServer:
         await self._health.set(CONTROL, _SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        """Give streams ``grace_s`` to end, then cancel them, and close the port."""
-        await self._server.stop(grace_s)
+        """Give calls ``grace_s`` to end, then cancel them and those who watch health, and close the port."""
+        limit = time.monotonic() + grace_s
+        while self._frontend.num_calls and time.monotonic() < limit:
+            await asyncio.sleep(0.02)
+        await self._server.stop(min(grace_s, LAST_WORDS_S))
 
 
 def _check_address(host: str, port: int) -> None:

@@ -35,14 +35,25 @@ class Model:
 
     def encode_text(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The ids of a text."""
-        return self.need_text().encode(text, add_special_tokens)
+        return self._fitting(text).encode(text, add_special_tokens)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, arguments: Mapping[str, Any]
     ) -> tuple[int, ...]:
         """The ids of a conversation, by the model's chat template."""
-        text = self.need_text()
-        return text.encode(text.render_chat(messages, add_generation_prompt, arguments), add_special_tokens=False)
+        rendered = self.need_text().render_chat(messages, add_generation_prompt, arguments)
+        return self._fitting(rendered).encode(rendered, add_special_tokens=False)
+
+    def _fitting(self, text: str) -> Text:
+        """The tokenizer; raises InvalidRequest for a text that is too long whatever its tokens are, without work."""
+        tokenizer = self.need_text()
+        most = self.max_model_len - 1
+        if len(text) > most * tokenizer.longest_token:
+            raise InvalidRequest(
+                f"the text has {len(text)} characters, but at most {most} tokens of up to "
+                f"{tokenizer.longest_token} characters fit; shorten it"
+            )
+        return tokenizer
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """Raise InvalidRequest if one of ``tokens`` is outside the vocabulary."""

@@ -47,6 +47,8 @@ def trailers_of(error: errors.JmemserveError) -> Metadata:
 def error_of(code: grpc.StatusCode, details: str, trailers: Iterable[tuple[str, str | bytes]]) -> errors.JmemserveError:
     """The exception of a status, for clients: the inverse of ``code_of``."""
     details = details or f"the server answered {code.name}"
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return errors.InvalidRequest(f"the message is too large, shorten the prompt ({details})")  # gRPC's own refusal
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         delay_ms = next((float(value) for key, value in trailers if key == PUSHBACK), 1000.0)
         return errors.Overloaded(details, delay_ms / 1000)

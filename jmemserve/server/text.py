@@ -24,6 +24,7 @@ class Text:
         """``special`` maps names such as ``bos_token`` to their text, for the chat template ``template``."""
         self._tokenizer = tokenizer
         self._special = dict(special)
+        self.longest_token = max((len(token) for token in tokenizer.get_vocab()), default=1)  # in characters
         self._template = None if template is None else _compile_template(template)
 
     @property
@@ -36,7 +37,8 @@ class Text:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The ids of ``text``; by default with what the tokenizer's post-processor adds."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # A batch of one: unlike a single text, it leaves Python to other threads while it works.
+        return tuple(self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids``; ids that the tokenizer does not know have none."""
@@ -114,7 +116,10 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The chat template: a file of its own, or in tokenizer_config.json (alone, or a list of named ones)."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

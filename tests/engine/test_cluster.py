@@ -1,5 +1,6 @@
 """The engine against the plain truth, through every arrangement; and what must hold around it."""
 
+import threading
 import time
 
 import numpy as np
@@ -165,6 +166,36 @@ def test_refusals_disturb_nobody(model) -> None:
         assert caught.value.retry_after_s > 0
         driver.finish(running, *(output for key, output in driver.outputs.items() if key != f"flood{number}"))
         assert len(running.tokens) == 60
+
+
+def test_later_outputs_of_an_accepted_call_are_refused_by_nobody(model) -> None:
+    long = SamplingParams(temperature=0, max_tokens=40)
+    with Driver(model, "prefill+decode", max_queue=1) as driver:
+        first = driver.submit("a:0", [1, 2, 3], long)
+        others = [driver.submit(f"a:{i}", [1, 2, 3], long, follows="a:0") for i in range(1, 5)]
+        with pytest.raises(Overloaded):
+            driver.submit("b", [1])
+        drained = threading.Thread(target=driver.cluster.drain, args=(60,))
+        drained.start()
+        while driver.cluster._accepting:
+            time.sleep(0.001)
+        others.append(driver.submit("a:5", [1, 2, 3], long, follows="a:0"))
+        with pytest.raises(Unavailable):
+            driver.submit("c", [1])
+        drained.join()
+        driver.finish(first, *others)
+        assert all(output.tokens == first.tokens and len(output.tokens) == 40 for output in others)
+
+
+def test_nobody_is_adopted_while_an_older_one_waits_for_blocks(model) -> None:
+    """The decode instance has too little memory for all: who gave up its blocks gets them back before newcomers."""
+    params = SamplingParams(temperature=0, max_tokens=60)
+    with Driver(model, "2xprefill+decode", kv_cache_tokens=144, max_num_seqs=2) as driver:
+        prompts = [[number] * 50 for number in range(12)]
+        outputs = [driver.submit(f"r{i}", prompt, params) for i, prompt in enumerate(prompts)]
+        driver.finish(*outputs)
+        assert all(len(output.tokens) == 60 for output in outputs)
+        assert sum(load.preemptions for load in driver.cluster.loads()) > 0
 
 
 def driver_request(request_id: str, prompt: list[int], params: SamplingParams | None = None):
