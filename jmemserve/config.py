@@ -102,9 +102,9 @@ class EngineConfig:
             value = getattr(self, flag)
             need(1 <= value <= 1 << 20, f"--{flag.replace('_', '-')} must be from 1 to {1 << 20}, not {value}")
         need(
-            self.max_num_batched_tokens >= self.max_num_seqs,
-            f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least --max-num-seqs "
-            f"({self.max_num_seqs}): every running sequence gets a token per step",
+            self.max_num_batched_tokens > self.max_num_seqs,
+            f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be above --max-num-seqs "
+            f"({self.max_num_seqs}): every running sequence gets a token per step, and prompts need room beside them",
         )
         need(
             self.max_model_len is None or self.max_model_len >= 2,

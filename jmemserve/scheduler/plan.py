@@ -52,7 +52,8 @@ def step_shapes(
     while size < max_tokens:
         packed.add(size)
         size *= 2 if size >= 256 else 4
-    packed = {size for size in packed if size > max_seqs} or {max_seqs + 1}
+    packed = {size for size in packed if size > max_seqs}
+    assert packed, f"{max_tokens=} leave prompts no room beside {max_seqs=}"
     shapes = set()
     if decodes:
         rows = fewest_rows
