@@ -48,7 +48,6 @@ class Cluster:
         self.failure: BaseException | None = None
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         self.max_model_len = 0
-        self.compiles_after_warmup = 0
         self._report, self._on_events = report, on_events
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -177,10 +176,6 @@ class Cluster:
     def loads(self) -> list[InstanceLoad]:
         """A momentary view of every instance."""
         return [instance.load() for instance in self._instances.values()]
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._tickets)
 
     def _check(self, request: Request) -> None:
         vocabulary = self.model_config.vocab_size

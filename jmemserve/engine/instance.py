@@ -6,6 +6,7 @@ One flight is always in the air while there is work: the next step is planned an
 last one are waited for. Everything that enqueues device work for this instance's mesh happens on this thread.
 """
 
+import dataclasses
 import queue
 import threading
 import time
@@ -176,15 +177,15 @@ class Instance:
             self._end(seq, found[1])
         return found is not None
 
-    def _end(self, seq: Sequence, reason: FinishReason, error: str = "") -> None:
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence from whatever state, giving back every block."""
         for transfer_id in [key for key, other in self._moving.items() if other is seq]:
             del self._moving[transfer_id]
             self._route(self.sender.abort(transfer_id))
         self.scheduler.finish(seq)
-        self._finished(seq, reason, error)
+        self._finished(seq, reason)
 
-    def _finished(self, seq: Sequence, reason: FinishReason, error: str = "", token: Event | None = None) -> None:
+    def _finished(self, seq: Sequence, reason: FinishReason, token: Event | None = None) -> None:
         del self._by_id[seq.request.id]
         prompt = len(seq.request.prompt)
         usage = Usage(prompt, len(seq.tokens) - prompt, seq.cached_tokens)
@@ -196,7 +197,6 @@ class Instance:
                 finish=reason,
                 usage=usage,
                 timings=seq.stamps.timings(),
-                error=error,
             )
         )
 
@@ -245,7 +245,8 @@ class Instance:
         """Offer a sequence whose tokens are all computed but the last to the instance that is to decode it."""
         assert seq.decode_hint is not None and seq.landed == len(seq.tokens) - 1, (seq.decode_hint, seq.landed)
         seq.stamps.left = now
-        state = Handover(seq.request, tuple(seq.tokens), seq.landed, seq.cached_tokens, seq.stamps)
+        stamps = dataclasses.replace(seq.stamps)  # a copy: from now on each side writes its own
+        state = Handover(seq.request, tuple(seq.tokens), seq.landed, seq.cached_tokens, stamps)
         offer = self.sender.start(
             destination=seq.decode_hint,
             tokens=state.tokens[: seq.landed],

@@ -22,7 +22,7 @@ from jmemserve.kernels import Ragged, attention_backend
 from jmemserve.kernels.pages import write_kv
 from jmemserve.kvpool.store import PageStore
 from jmemserve.scheduler.plan import Plan, StepShape
-from jmemserve.types import INVALID, MAX_LOGPROBS, MAX_STOP_IDS, TokenLogprobs
+from jmemserve.types import INVALID, MAX_STOP_IDS, TokenLogprobs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -300,4 +300,3 @@ _SAMPLERS: dict[str, tuple[Callable, Callable[[int, int, int, int], list]]] = {
     ),
     "describe": (_describe, lambda v, b, r, m: [((v, b), jnp.float32), ((r,), jnp.int32)]),
 }
-assert MAX_LOGPROBS > 0
