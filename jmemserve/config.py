@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 
 from jmemserve.errors import ConfigError
+from jmemserve.kvpool.transfer.messages import Granularity
 
 MAX_INSTANCES = 1024
 
@@ -54,6 +55,20 @@ class Warmup(enum.Enum):
     NONE = "none"  # nothing: each shape is compiled when first met (for debugging)
 
 
+class BlockLayout(enum.Enum):
+    """How the pages of all layers lie in device memory (paper section 5.2)."""
+
+    AGGREGATED = "aggregated"  # one block is one contiguous page of all layers
+    DISCRETE = "discrete"  # one array per layer
+
+
+class Switch(enum.Enum):
+    """On or off."""
+
+    ON = "on"
+    OFF = "off"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class InstanceSpec:
     """One model on one device mesh."""
@@ -80,7 +95,12 @@ class EngineConfig:
     block_size: int = 16  # tokens per block
     memory_utilization: float | None = None  # share of device memory for weights and KV together
     kv_cache_tokens: int | None = None  # size of the KV pool instead; at most one of the two
-    host_memory_gb: float = 0.0  # DRAM tier of the pool
+    host_memory_gb: float = 0.0  # DRAM of each instance's pool, in GiB; 0: none
+    block_layout: BlockLayout = BlockLayout.AGGREGATED
+    transfer_granularity: Granularity = Granularity.AUTO
+    block_checksums: Switch = Switch.ON  # compare the bytes of blocks that travel with what they were
+    salt_quota_tokens: int | None = None  # cached tokens that each cache salt may have in device memory; None: any
+    salt_quota_host_tokens: int | None = None  # the same in host memory
     max_num_seqs: int = 16  # sequences in one step
     max_num_batched_tokens: int = 512  # new tokens in one step
     max_queue: int = 1024  # requests waiting in the whole cluster before new ones are refused
@@ -123,9 +143,12 @@ class EngineConfig:
             f"--kv-cache-tokens must be at least two blocks ({2 * size} tokens), not {self.kv_cache_tokens}",
         )
         need(
-            self.host_memory_gb == 0,
-            f"--host-memory-gb must be 0, not {self.host_memory_gb:g}: this version keeps KV in device memory only",
+            0 <= self.host_memory_gb <= 1 << 20,
+            f"--host-memory-gb must be 0 (none) or a size in GiB, not {self.host_memory_gb:g}",
         )
+        for flag in ("salt_quota_tokens", "salt_quota_host_tokens"):
+            value = getattr(self, flag)
+            need(value is None or value >= 0, f"--{flag.replace('_', '-')} must be 0 or more, not {value}")
         need(0 <= self.seed < 2**63, f"--seed must be from 0 to 2**63 - 1, not {self.seed}")
 
 

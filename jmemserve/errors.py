@@ -12,10 +12,15 @@
     │   ├── Unavailable             UNAVAILABLE          loading, draining, or no instance is left
     │   ├── DeadlineExceeded        DEADLINE_EXCEEDED    the client's deadline passed
     │   └── TransferError           (internal)           blocks did not arrive; the sequence is caught up elsewhere
+    │       └── CorruptBlock        (internal)           bytes arrived other than they left
     └── PoolError                   a wrong call of the memory pool; nothing was changed
         ├── PoolFull                not enough room: needed, free and cached are in the message
+        ├── RemoteRefused           another instance has not enough room; its words are in the message
         ├── StaleAddress            the block was freed since (its generation rose), or was freed twice
-        └── ForeignAddress          the address belongs to another instance or medium
+        ├── ForeignAddress          the address belongs to another instance or medium
+        ├── InvalidAddresses        too few addresses, or blocks that stand for other tokens already
+        ├── InvalidTransfer         arguments of a transfer that can never work, such as too large a private part
+        └── UnknownInstance         there is no link to an instance of this name
 
 Our own bugs are ``assert`` with both values in the message, never one of these.
 """
@@ -73,6 +78,10 @@ class TransferError(WorldError):
     """Blocks did not arrive where they were sent."""
 
 
+class CorruptBlock(TransferError):
+    """Bytes arrived other than they left."""
+
+
 class PoolError(JmemserveError):
     """A wrong call of the memory pool; the pool is unchanged."""
 
@@ -85,9 +94,25 @@ class PoolFull(PoolError):
         self.needed, self.free, self.cached = needed, free, cached
 
 
+class RemoteRefused(PoolError):
+    """Another instance refused an allocation; its reason is in the message."""
+
+
 class StaleAddress(PoolError):
     """The block behind the address was freed; the address must not be used again."""
 
 
 class ForeignAddress(PoolError):
     """The address does not belong to this pool."""
+
+
+class InvalidAddresses(PoolError):
+    """The addresses cannot be what the call needs: too few, given twice, or used under other tokens."""
+
+
+class InvalidTransfer(PoolError):
+    """The arguments of a transfer can never work."""
+
+
+class UnknownInstance(PoolError):
+    """There is no link to an instance of this name."""

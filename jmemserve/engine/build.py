@@ -6,15 +6,19 @@ from pathlib import Path
 
 import jax
 
-from jmemserve.config import EngineConfig, InstanceSpec, Warmup, demo_folder
+from jmemserve.config import BlockLayout, EngineConfig, InstanceSpec, LoadFormat, Switch, Warmup, demo_folder
 from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.mesh import device_memory, make_mesh
 from jmemserve.engine.report import Report
 from jmemserve.engine.runner import Runner
 from jmemserve.errors import ConfigError
 from jmemserve.kernels.pages import PageLayout
-from jmemserve.kvpool import MemPool
+from jmemserve.kvpool import BlockPool, Flags, Granularity
+from jmemserve.kvpool.arena import HostArena, make_arena
+from jmemserve.kvpool.events import EventLog
 from jmemserve.kvpool.store import PageStore
+from jmemserve.kvpool.transports import Transport
+from jmemserve.kvpool.transports.local import LocalExchange, LocalTransport
 from jmemserve.models import ModelConfig, load_config, weights
 from jmemserve.scheduler.plan import StepShape, step_shapes
 
@@ -27,7 +31,11 @@ class Parts:
     """What an instance is made of."""
 
     runner: Runner
-    pool: MemPool
+    pool: BlockPool
+    arena: HostArena | None  # the DRAM of the pool, if it has any
+    transports: tuple[Transport, ...]  # towards other instances
+    granularity: Granularity
+    flags: Flags  # of every transfer
     shapes: tuple[StepShape, ...]
     max_model_len: int
 
@@ -64,9 +72,18 @@ def resolve_dtype(engine: EngineConfig, config: ModelConfig) -> str:
 
 
 def build(
-    spec: InstanceSpec, engine: EngineConfig, config: ModelConfig, num_devices: int, epoch: int, report: Report
+    spec: InstanceSpec,
+    engine: EngineConfig,
+    config: ModelConfig,
+    num_devices: int,
+    epoch: int,
+    exchange: LocalExchange,
+    report: Report,
 ) -> Parts:
-    """Load, allocate and compile one instance. Raises ConfigError or CheckpointError."""
+    """Load, allocate and compile one instance. Raises ConfigError or CheckpointError.
+
+    Instances with the same ``exchange`` can move blocks between each other.
+    """
     mesh = make_mesh(spec, num_devices)
     dtype = resolve_dtype(engine, config)
     with report.phase(f"{spec.name}: weights ({weights.num_bytes(config, dtype) / 1e6:,.1f} MB {dtype})"):
@@ -83,11 +100,20 @@ def build(
         graph, state = weights.load(folder, form, config, dtype, mesh, seed, progress)
         jax.block_until_ready(jax.tree.leaves(state))
         bar.close()
-    layout = PageLayout(config.num_layers, config.num_kv_heads, engine.block_size, config.head_dim, dtype)
+    aggregated = engine.block_layout is BlockLayout.AGGREGATED
+    layout = PageLayout(config.num_layers, config.num_kv_heads, engine.block_size, config.head_dim, dtype, aggregated)
     num_blocks, max_model_len = _pool_size(engine, config, layout, mesh, dtype)
     with report.phase(f"{spec.name}: KV pool ({num_blocks:,} blocks, {num_blocks * engine.block_size:,} tokens)"):
         store = PageStore(layout, num_blocks, mesh)
-        store.pages.block_until_ready()
+        jax.block_until_ready(store.pages)
+    arena, dram_blocks = None, int(engine.host_memory_gb * (1 << 30)) // layout.bytes_per_block
+    if engine.host_memory_gb and dram_blocks < 1:
+        raise ConfigError(
+            f"--host-memory-gb {engine.host_memory_gb:g} is less than one block of {layout.bytes_per_block:,} bytes"
+        )
+    if dram_blocks:
+        with report.phase(f"{spec.name}: host memory ({dram_blocks:,} blocks, {engine.host_memory_gb:g} GiB)"):
+            arena = make_arena(layout, dram_blocks, mesh)
     report.line(
         f"    room for {num_blocks * engine.block_size / max_model_len:.1f} sequences of {max_model_len:,} tokens, "
         f"{num_blocks * layout.bytes_per_block / 1e6:,.0f} MB"
@@ -106,11 +132,36 @@ def build(
             bar = report.bar(f"{spec.name}: compile", programs, " programs")
             for _ in runner.compile_all(threads=max(2, min(8, os.cpu_count() or 2))):
                 bar.update(1)
+            if arena is not None:
+                arena.warm_up(store.sharding, store.sizes)
             bar.close()
         counter.close()
         if engine.compilation_cache_dir is not None:
             report.line(f"    {counter.found} of {counter.count} compilations found in the cache")
-    return Parts(runner, MemPool(spec.name, epoch, num_blocks, engine.block_size), shapes, max_model_len)
+    size = engine.block_size
+    quota = tuple(
+        tokens // size if tokens is not None else None
+        for tokens in (engine.salt_quota_tokens, engine.salt_quota_host_tokens)
+    )
+    pool = BlockPool(
+        spec.name,
+        epoch,
+        num_blocks,
+        size,
+        dram_blocks,
+        model=model_identity(engine, config, dtype),
+        quota=None if quota == (None, None) else (quota[0], quota[1]),
+        log=EventLog(),
+    )
+    transports = (LocalTransport(exchange, store.checksums),)
+    flags = Flags.NONE if engine.block_checksums is Switch.ON else Flags.NO_CHECKSUM
+    return Parts(runner, pool, arena, transports, engine.transfer_granularity, flags, shapes, max_model_len)
+
+
+def model_identity(engine: EngineConfig, config: ModelConfig, dtype: str) -> str:
+    """Equal for instances whose keys and values can stand for each other."""
+    weights_of = f"{engine.load_format.value}-{engine.seed}" if engine.load_format is LoadFormat.DUMMY else "checkpoint"
+    return f"{model_folder(engine).resolve().name}/{weights_of}/{config.num_layers}x{config.hidden_size}/{dtype}"
 
 
 def _largest_of_each_kind(shapes: tuple[StepShape, ...]) -> tuple[StepShape, ...]:

@@ -20,6 +20,7 @@ from jmemserve.engine.messages import Abort, ResetCache, Submit
 from jmemserve.engine.report import Report
 from jmemserve.engine.selftest import check_arithmetic
 from jmemserve.errors import DuplicateRequest, InvalidRequest, Overloaded, Unavailable
+from jmemserve.kvpool.transports.local import LocalExchange
 from jmemserve.models import ModelConfig
 from jmemserve.scheduler.router import Router
 from jmemserve.types import MAX_STOP_IDS, Event, FinishReason, InstanceLoad, Request
@@ -73,28 +74,47 @@ class Cluster:
             check_arithmetic(make_mesh(self.spec.instances[0], self.spec.num_devices))
         for line in grid:
             self._report.line(f"    {line}")
-        epoch = time.time_ns()
+        epoch, exchange = time.time_ns(), LocalExchange()
         limits = []
         for spec in self.spec.instances:
-            parts = build(spec, engine, self.model_config, self.spec.num_devices, epoch, self._report)
+            parts = build(spec, engine, self.model_config, self.spec.num_devices, epoch, exchange, self._report)
             limits.append(parts.max_model_len)
             self._instances[spec.name] = Instance(spec, parts, self._send, self._deliver, self._fail)
         self.max_model_len = min(limits)
         self._router = Router([(spec.name, spec.role) for spec in self.spec.instances], engine.block_size)
-        self._warm_up_links()
+        self._link_up()
         self._compiles = CompileCounter()
         for instance in self._instances.values():
             instance.compiles = lambda: self._compiles.count if self._compiles else 0
             instance.start()
         self._accepting = True
 
-    def _warm_up_links(self) -> None:
-        """Move blocks of every piece size over every pair once: what a transfer needs is compiled by then."""
-        stores = {name: instance.runner.store for name, instance in self._instances.items()}
-        for source in self.spec.instances:
-            for target in self.spec.instances:
-                if source is not target and not source.role.decodes and target.role.decodes:
-                    stores[source.name].warm_up_to(stores[target.name])
+    def _link_up(self) -> None:
+        """Introduce the instances to each other, and move blocks of every piece size over every pair once: that the
+        way works, and what it needs to be compiled, is known before the first request."""
+        instances = list(self._instances.values())
+        for one in instances:
+            for other in instances:
+                if one is not other:
+                    peer = one.node.greet(other.node.hello())
+                    self._report.line(f"    {one.spec.name} gets blocks of {peer.name} by {peer.transport.name}")
+        for source in instances:
+            for target in instances:
+                if source is not target:
+                    self._try_link(source, target)
+
+    def _try_link(self, source: Instance, target: Instance) -> None:
+        sizes, room = source.runner.store.sizes, min(source.pool.room(), target.pool.room())
+        blocks = source.pool.alloc_mem(
+            max(total for n in range(1, len(sizes) + 1) if (total := sum(sizes[:n])) <= room)
+        )
+        moving = source.node.transfer(target.spec.name, blocks)
+        limit = time.monotonic() + 60
+        while not moving.done() and time.monotonic() < limit:  # the instances' threads do not run yet
+            source.turn()
+            target.turn()
+        source.node.free_mem([*blocks, *moving.result(0)])
+        target.turn()
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new work and wait for the rest; what is left after ``timeout_s`` is aborted (then False)."""

@@ -6,19 +6,19 @@ One flight is always in the air while there is work: the next step is planned an
 last one are waited for. Everything that enqueues device work for this instance's mesh happens on this thread.
 """
 
-import dataclasses
 import queue
 import threading
 import time
 from collections.abc import Callable
 
-import jax
-
 from jmemserve.config import InstanceSpec
 from jmemserve.engine.build import Parts
-from jmemserve.engine.messages import Abort, Handover, ResetCache, Stop, Submit
+from jmemserve.engine.handover import pack_sequence, unpack_sequence
+from jmemserve.engine.messages import Abort, FromPeer, ResetCache, Stop, Submit
 from jmemserve.engine.runner import Flight
+from jmemserve.errors import TransferError
 from jmemserve.kvpool import transfer as tx
+from jmemserve.kvpool.node import PoolNode, Transfer
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
 from jmemserve.types import Event, FinishReason, InstanceLoad, TokenLogprobs, Usage
@@ -28,7 +28,7 @@ TRANSFER_DEADLINE_S = 30.0
 MAX_REMEMBERED_ABORTS = 4096
 REMEMBER_ABORT_S = 60.0
 
-Message = object  # one of engine.messages or kvpool.transfer
+Message = object  # one of engine.messages, or a function to call on the instance's thread
 
 
 class Instance:
@@ -45,15 +45,24 @@ class Instance:
         self.spec = spec
         self.pool, self.runner = parts.pool, parts.runner
         self.scheduler = LocalScheduler(parts.pool, parts.shapes, self._leaves)
-        self.sender = tx.Sender(parts.pool)
-        self.receiver = tx.Receiver(parts.pool)
+        self.node = PoolNode(
+            parts.pool,
+            parts.runner.store,
+            parts.arena,
+            parts.transports,
+            post=self.post,
+            send=lambda peer, message: send(peer, FromPeer(spec.name, message)),
+            on_arrival=self._adopt,
+            timeout_s=TRANSFER_DEADLINE_S,
+            granularity=parts.granularity,
+            flags=parts.flags,
+        )
         self.compiles: Callable[[], int] = lambda: 0
-        self._send, self._emit, self._on_failure = send, emit, on_failure
+        self._emit, self._on_failure = emit, on_failure
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._by_id: dict[str, Sequence] = {}
         self._aborted: dict[str, tuple[float, FinishReason]] = {}  # ids that were not here when they were aborted
         self._moving: dict[str, Sequence] = {}  # by transfer id
-        self._reset_pending = False
         self._steps = 0
         self._events: list[Event] = []
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
@@ -62,6 +71,11 @@ class Instance:
 
     def start(self) -> None:
         self._thread.start()
+
+    def turn(self) -> None:
+        """Handle what has come in, before the thread runs: at start-up, while instances are introduced."""
+        assert not self._thread.is_alive(), "the thread is running"
+        self._take_messages(wait=False)
 
     def post(self, message: Message) -> None:
         """Hand a message to the instance."""
@@ -72,6 +86,7 @@ class Instance:
         self._inbox.put(Stop())
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=60)
+        self.node.close()
 
     def load(self) -> InstanceLoad:
         """A momentary view; the numbers may belong to two neighbouring moments."""
@@ -82,10 +97,10 @@ class Instance:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             leaving=len(scheduler.leaving),
-            free_blocks=stats.free,
-            cached_blocks=stats.cached,
-            held_blocks=stats.held,
-            total_blocks=stats.capacity,
+            free_blocks=stats.hbm.free,
+            cached_blocks=stats.hbm.cached,
+            held_blocks=stats.hbm.held + stats.dram.held,
+            total_blocks=stats.hbm.capacity,
             prefix_hits=stats.hit_tokens,
             prefix_queries=stats.query_tokens,
             steps=self._steps,
@@ -103,6 +118,7 @@ class Instance:
                 now = time.monotonic()
                 self._reap(now)
                 plan = self.scheduler.plan(now)
+                self._swap()  # before the step: what was swapped out must be read before it is written to
                 following = self.runner.launch(plan) if plan is not None else None
                 idle = flight is None and following is None
                 if flight is not None:
@@ -132,19 +148,10 @@ class Instance:
                 self._abort(message, now)
             case ResetCache():
                 self.pool.clear()
-            case tx.Offer():
-                self._on_offer(message, now)
-            case tx.Accept():
-                for ship in self.sender.on(message, now):
-                    self._ship(ship, now)
-            case tx.Data():
-                self._on_data(message, now)
-            case tx.Cancel():
-                for send in self.receiver.on(message, now):
-                    assert isinstance(send, tx.Send), send
-                    self._route([send])
-            case tx.Done() | tx.Refuse():
-                self._on_end(message, now)
+            case FromPeer():
+                self._on_peer(message.peer, message.message)
+            case _ if callable(message):
+                message()
             case _:
                 raise AssertionError(f"{self.spec.name} got {message!r}")
 
@@ -181,7 +188,7 @@ class Instance:
         """End a sequence from whatever state, giving back every block."""
         for transfer_id in [key for key, other in self._moving.items() if other is seq]:
             del self._moving[transfer_id]
-            self._route(self.sender.abort(transfer_id))
+            self.node.abort(transfer_id)
         self.scheduler.finish(seq)
         self._finished(seq, reason)
 
@@ -204,10 +211,7 @@ class Instance:
         """End what is past its deadline: requests, transfers, remembered aborts."""
         for seq in [seq for seq in self._by_id.values() if seq.request.deadline and now > seq.request.deadline]:
             self._end(seq, FinishReason.DEADLINE)
-        self._route(self.sender.expire(now))
-        self._route(self.receiver.expire(now))
-        for transfer_id in [key for key in self._moving if not self.sender.has(key)]:
-            self._settle_here(transfer_id)
+        self.node.poll(now)
         while self._aborted:
             oldest = next(iter(self._aborted))
             if len(self._aborted) <= MAX_REMEMBERED_ABORTS and now - self._aborted[oldest][0] < REMEMBER_ABORT_S:
@@ -235,6 +239,15 @@ class Instance:
                 self._flush()  # the receiver's events must not overtake this token
                 self._hand_over(seq, now)
 
+    # -- between media ----------------------------------------------------------------------------------------
+
+    def _swap(self) -> None:
+        """Enqueue the copies that the plan asks for; who waits for one runs when it is over."""
+        swaps, self.scheduler.swaps_in = self.scheduler.swaps_in, []
+        for swap in swaps:
+            self.node.when_over([swap], lambda error, swap=swap: self.scheduler.loaded(swap, error is None))
+        self.node.flush()
+
     # -- moving a sequence away -------------------------------------------------------------------------------
 
     def _leaves(self, seq: Sequence) -> bool:
@@ -245,84 +258,44 @@ class Instance:
         """Offer a sequence whose tokens are all computed but the last to the instance that is to decode it."""
         assert seq.decode_hint is not None and seq.landed == len(seq.tokens) - 1, (seq.decode_hint, seq.landed)
         seq.stamps.left = now
-        stamps = dataclasses.replace(seq.stamps)  # a copy: from now on each side writes its own
-        state = Handover(seq.request, tuple(seq.tokens), seq.landed, seq.cached_tokens, stamps)
-        offer = self.sender.start(
-            destination=seq.decode_hint,
-            tokens=state.tokens[: seq.landed],
-            blocks=self.scheduler.hand_blocks_over(seq),
-            salt=seq.request.salt,
-            layout=repr(self.runner.store.layout),
-            private=state,
-            now=now,
-            timeout_s=TRANSFER_DEADLINE_S,
+        tokens, private = seq.tokens[: seq.landed], pack_sequence(seq)
+        blocks = self.scheduler.hand_blocks_over(seq)
+        moving = self.node.transfer_with_insert(
+            seq.decode_hint, tokens, blocks, flags=tx.Flags.CLAIM, private=private, salt=seq.request.salt
         )
-        self._moving[offer.transfer_id] = seq
-        self._send(seq.decode_hint, offer)
+        self.pool.free_mem(blocks)  # the transfer holds them
+        self._moving[moving.transfer_id] = seq
+        moving.future.add_done_callback(lambda _: self._moved(moving))
 
-    def _ship(self, ship: tx.Ship, now: float) -> None:
-        """The receiver told what it lacks: gather just that and send it, piece by piece."""
-        total = len(ship.blocks)
-        pieces: list[tuple[int, jax.Array | None]] = [(0, None)]
-        if total:
-            pieces = list(self.runner.store.gather([block.index for block in ship.blocks]))
-        for start, payload in pieces:
-            stop = min(total, start + payload.shape[0]) if payload is not None else 0
-            self._send(ship.destination, self.sender.data(ship.transfer_id, start, stop, payload, now))
-
-    def _on_end(self, message: tx.Done | tx.Refuse, now: float) -> None:
-        """A transfer has ended: at Done the sequence lives elsewhere, else it goes on here."""
-        transfer_id = message.transfer_id
-        self.sender.on(message, now)
-        if transfer_id not in self._moving or self.sender.has(transfer_id):
-            return
-        if isinstance(message, tx.Done):
-            seq = self._moving.pop(transfer_id)
+    def _moved(self, moving: Transfer) -> None:
+        """A move has ended. If it failed, this instance goes on: any instance can catch up any sequence."""
+        seq = self._moving.pop(moving.transfer_id, None)
+        if seq is None:
+            return  # it was aborted
+        if moving.future.exception() is None:
             del self._by_id[seq.request.id]
             self.scheduler.leave(seq)
         else:
-            self._settle_here(transfer_id)
-
-    def _settle_here(self, transfer_id: str) -> None:
-        """The move failed: any instance can catch up any sequence, so this one does."""
-        self.scheduler.stay(self._moving.pop(transfer_id))
+            self.scheduler.stay(seq)
 
     # -- taking a sequence in ---------------------------------------------------------------------------------
 
-    def _on_offer(self, offer: tx.Offer, now: float) -> None:
+    def _on_peer(self, peer: str, message: tx.Message) -> None:
         # Whoever waits here for blocks is older than a newcomer: nobody is adopted before it has got them.
         crowded = bool(self.scheduler.waiting) or len(self._by_id) >= 2 * self.scheduler.max_seqs
-        layout = repr(self.runner.store.layout)
-        if crowded or offer.layout != layout:
-            reason = "too many sequences" if crowded else f"layouts differ: {offer.layout} and {layout}"
-            self._send(offer.source, tx.Refuse(offer.transfer_id, reason))
-            return
-        for send in self.receiver.on(offer, now):
-            assert isinstance(send, tx.Send), send
-            self._route([send])
+        if isinstance(message, tx.Offer) and message.flags & tx.Flags.CLAIM and crowded:
+            self.node.refuse(message, "too many sequences")
+        else:
+            self.node.handle(peer, message)
 
-    def _on_data(self, data: tx.Data, now: float) -> None:
-        for land in self.receiver.on(data, now):
-            assert isinstance(land, tx.Land), land
-            if land.blocks:
-                self.runner.store.scatter([block.index for block in land.blocks], land.payload)
-            # The scatter is enqueued: it is ordered before every step that could read these blocks.
-            done = self.receiver.landed(land.transfer_id, now)
-            if land.last and done:
-                self._adopt(land.transfer_id, now)
-            self._route(done)
-
-    def _adopt(self, transfer_id: str, now: float) -> None:
+    def _adopt(self, arrived: tx.Arrived) -> None:
         """Every block is in place: go on with the sequence here."""
-        state, blocks = self.receiver.claim(transfer_id)
-        assert isinstance(state, Handover), state
-        seq = Sequence(state.request, list(state.tokens), self.spec.name, stamps=state.stamps)
-        seq.stamps.adopted = now
-        seq.cached_tokens = state.cached_tokens
-        self.scheduler.adopt(seq, blocks, state.computed)
+        try:
+            seq = unpack_sequence(arrived.private, arrived.tokens or (), self.spec.name)
+        except TransferError:
+            self.pool.free_mem(arrived.blocks)
+            raise
+        seq.stamps.adopted = time.monotonic()
+        self.scheduler.adopt(seq, list(arrived.blocks), len(arrived.tokens or ()))
         if not self._was_aborted(seq):
             self._by_id[seq.request.id] = seq
-
-    def _route(self, sends: list[tx.Send]) -> None:
-        for send in sends:
-            self._send(send.to, send.message)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jmemserve.scheduler.sequence import Stamps
+from jmemserve.kvpool import transfer as tx
 from jmemserve.types import FinishReason, Request
 
 
@@ -33,11 +33,8 @@ class Stop:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Handover:
-    """The state of a sequence that moves to another instance: what it needs besides its blocks."""
+class FromPeer:
+    """A message of the transfer protocol from another instance."""
 
-    request: Request
-    tokens: tuple[int, ...]  # the prompt and what was generated
-    computed: int  # tokens whose keys and values travel
-    cached_tokens: int
-    stamps: Stamps
+    peer: str
+    message: tx.Message

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jmemserve.engine import sampling
 from jmemserve.engine.mesh import AXIS
 from jmemserve.kernels import Ragged, attention_backend
-from jmemserve.kernels.pages import write_kv
+from jmemserve.kernels.pages import page_axes, write_kv
 from jmemserve.kvpool.store import PageStore
 from jmemserve.scheduler.plan import Plan, StepShape
 from jmemserve.types import INVALID, MAX_STOP_IDS, TokenLogprobs
@@ -93,12 +93,12 @@ class Runner:
 
     def _compile_step(self, shape: StepShape) -> None:
         ints = jax.ShapeDtypeStruct((_num_ints(shape, self.width),), jnp.int32, sharding=self._everywhere)
-        out = (self.store.sharding, self._everywhere)
+        out = (self.store.pages_sharding, self._everywhere)
         step = jax.jit(self._step, static_argnums=4, donate_argnums=1, out_shardings=out)
         lowered = step.lower(self._leaves, self.store.pages, self._last, ints, (shape, self.width))
         compiled = lowered.compile()
         memory = compiled.memory_analysis()
-        pages = self.store.pages.nbytes // self.store.pages.sharding.num_devices
+        pages = self.store.nbytes // self.store.pages_sharding.num_devices
         if memory is not None and pages > 1 << 28:
             temp = memory.temp_size_in_bytes
             assert temp < pages // 2, f"the step {shape} copies the pages: {temp=} bytes beside {pages=}"
@@ -175,7 +175,7 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str) -> Call
 
             if mesh.size == 1:
                 return local(pages, q, k, v, ragged)
-            heads, page = P(None, AXIS, None), P(None, None, None, AXIS, None, None)
+            heads, page = P(None, AXIS, None), P(*page_axes(not isinstance(pages, tuple)))
             specs = (page, heads, heads, heads, P())
             sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(heads, page), check_vma=False)
             return sharded(pages, q, k, v, ragged)

@@ -10,7 +10,8 @@ A step's new tokens are packed: row b owns tokens ``starts[b] : starts[b + 1]``,
 
     pages: [P, L, 2, K, C, H]      one block = one contiguous page, all layers, keys then values
 
-so a block moves in one piece, and one kv head's tokens are contiguous for the kernels. Page 0 is nobody's: padding
+so a block moves in one piece, and one kv head's tokens are contiguous for the kernels; or, in the discrete layout,
+one such array per layer (``pages.py``). Page 0 is nobody's: padding
 tokens are written there.
 """
 
@@ -20,6 +21,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
+
+from jmemserve.kernels.pages import Pages
 
 
 @jax.tree_util.register_dataclass
@@ -37,8 +40,8 @@ class Ragged:
 class Attention(Protocol):
     """Attention of new tokens to everything before them in their own sequence."""
 
-    def __call__(self, q: jax.Array, pages: jax.Array, layer: int, ragged: Ragged, window: int | None) -> jax.Array:
-        """q: [T, N, H], pages: [P, L, 2, K, C, H] with the new tokens already written.
+    def __call__(self, q: jax.Array, pages: Pages, layer: int, ragged: Ragged, window: int | None) -> jax.Array:
+        """q: [T, N, H], pages with the new tokens already written.
 
         ``window``: each token sees at most that many tokens, itself included. Returns [T, N, H]; tokens of padding
         come back as finite garbage.

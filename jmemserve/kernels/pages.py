@@ -1,23 +1,32 @@
 """How a block is laid out in memory. Nothing else knows, but the attention kernels.
 
-page: [L, 2, K, C, H]    layer, key or value, kv head, token, head dim
+    aggregated    one array [P, L, 2, K, C, H]          a block is one contiguous page of all layers
+    discrete      L arrays  [P, 2, K, C, H], a tuple     a block is 2L runs of bytes, one per layer and half
+
+    L layer, 2 key or value ("half"), K kv head, C token in the block, H head dim
+
+Outside of the pages a block has the same shape in either layout: [L, 2, K, C, H].
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Pages = jax.Array | tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PageLayout:
-    """What a block holds. Two pools can exchange blocks if and only if their layouts are equal."""
+    """What a block holds. Two pools can exchange blocks if all but ``aggregated`` is equal."""
 
     num_layers: int
     num_kv_heads: int
     block_size: int
     head_dim: int
     dtype: str
+    aggregated: bool = True  # how pages lie in device memory
 
     @property
     def page_shape(self) -> tuple[int, ...]:
@@ -28,23 +37,99 @@ class PageLayout:
         per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim
         return per_token * self.block_size * jnp.dtype(self.dtype).itemsize
 
+    def zeros(self, num_pages: int) -> Pages:
+        """Empty pages."""
+        if self.aggregated:
+            return jnp.zeros((num_pages, *self.page_shape), self.dtype)
+        return tuple(jnp.zeros((num_pages, *self.page_shape[1:]), self.dtype) for _ in range(self.num_layers))
 
-KV_HEAD_AXIS = 3  # of the pages array [P, L, 2, K, C, H]: the axis that tensor parallelism shards
+
+def page_axes(aggregated: bool) -> tuple[str | None, ...]:
+    """The mesh axis of every axis of the pages: kv heads are sharded by tensor parallelism."""
+    return (None, None, None, "model", None, None) if aggregated else (None, None, "model", None, None)
 
 
-def write_kv(pages: jax.Array, layer: int, slots: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def page_sizes(pages: Pages) -> tuple[int, int]:
+    """(kv heads, tokens per block)."""
+    kv_heads, size, _ = (pages[0] if isinstance(pages, tuple) else pages).shape[-3:]
+    return kv_heads, size
+
+
+def read_rows(pages: Pages, index: jax.Array, layer: int, half: int) -> jax.Array:
+    """Keys (half 0) or values (1) of one layer, of the pages in ``index``: [*index.shape, K, C, H]."""
+    return pages[layer][index, half] if isinstance(pages, tuple) else pages[index, layer, half]
+
+
+def write_kv(pages: Pages, layer: int, slots: jax.Array, k: jax.Array, v: jax.Array) -> Pages:
     """Put k and v ([T, K, H]) of one layer into their slots (i32[T]). In place when ``pages`` is donated."""
-    size = pages.shape[4]
+    _, size = page_sizes(pages)
     page, offset = slots // size, slots % size
+    if isinstance(pages, tuple):
+        own = pages[layer].at[page, 0, :, offset].set(k.astype(pages[layer].dtype))
+        own = own.at[page, 1, :, offset].set(v.astype(own.dtype))
+        return (*pages[:layer], own, *pages[layer + 1 :])
     pages = pages.at[page, layer, 0, :, offset].set(k.astype(pages.dtype))
     return pages.at[page, layer, 1, :, offset].set(v.astype(pages.dtype))
 
 
-def gather_blocks(pages: jax.Array, indices: jax.Array) -> jax.Array:
+def gather_blocks(pages: Pages, indices: jax.Array) -> jax.Array:
     """Copy blocks out: indices i32[n] -> [n, L, 2, K, C, H]."""
-    return pages[indices]
+    return jnp.stack([own[indices] for own in pages], 1) if isinstance(pages, tuple) else pages[indices]
 
 
-def scatter_blocks(pages: jax.Array, indices: jax.Array, blocks: jax.Array) -> jax.Array:
+def scatter_blocks(pages: Pages, indices: jax.Array, blocks: jax.Array) -> Pages:
     """Copy blocks in; in place when ``pages`` is donated."""
+    if isinstance(pages, tuple):
+        return tuple(own.at[indices].set(blocks[:, layer]) for layer, own in enumerate(pages))
     return pages.at[indices].set(blocks)
+
+
+def gather_part(pages: jax.Array, indices: jax.Array, *part: jax.Array) -> jax.Array:
+    """Copy one layer's keys or values out: [n, K, C, H]. ``part``: (layer, half) of aggregated pages, (half,) of a
+    layer's own."""
+    return pages[indices, *part]
+
+
+def scatter_part(pages: jax.Array, indices: jax.Array, blocks: jax.Array, *part: jax.Array) -> jax.Array:
+    """Copy one layer's keys or values in; in place when ``pages`` is donated."""
+    return pages.at[indices, *part].set(blocks)
+
+
+# -- checksums ---------------------------------------------------------------------------------------------------------
+
+_MULTIPLIER = 0x9E3779B1
+
+
+def block_checksums(blocks: jax.Array, first_head: jax.Array, num_heads: int) -> jax.Array:
+    """Sum over all values of a block of (their raw bits * an odd number that depends on the place), mod 2**32.
+
+    blocks: [n, ..., K', C, H], the kv heads first_head .. first_head + K' of num_heads; -> u32[n]. Sums of the shards
+    of a block add up to that of the block, so no device needs to hear from another.
+    """
+    inner = blocks.shape[1:]
+    place, stride = jnp.zeros(inner, jnp.uint32), 1
+    for axis in reversed(range(len(inner))):
+        steps = jax.lax.broadcasted_iota(jnp.uint32, inner, axis)
+        if axis == len(inner) - 3:
+            steps = steps + first_head.astype(jnp.uint32)
+        place = place + steps * jnp.uint32(stride)
+        stride *= num_heads if axis == len(inner) - 3 else inner[axis]
+    weights = place * jnp.uint32(_MULTIPLIER) | jnp.uint32(1)
+    bits = jax.lax.bitcast_convert_type(blocks, jnp.dtype(f"uint{8 * blocks.dtype.itemsize}"))
+    return jnp.sum(bits.astype(jnp.uint32) * weights[None], axis=tuple(range(1, blocks.ndim)), dtype=jnp.uint32)
+
+
+def host_checksums(blocks: np.ndarray) -> np.ndarray:
+    """The same for whole blocks on the host: [n, ..., K, C, H] -> u32[n]."""
+    num, size = blocks.shape[0], int(np.prod(blocks.shape[1:]))
+    bits = np.ascontiguousarray(blocks).view(f"u{blocks.dtype.itemsize}").reshape(num, size)
+    sums = np.zeros(num, np.uint32)
+    step = 1 << 14  # values at a time: the products stay in cache
+    product = np.empty(min(step, size), np.uint32)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        weights = np.arange(start, stop, dtype=np.uint32) * np.uint32(_MULTIPLIER) | np.uint32(1)
+        for block in range(num):
+            part = np.multiply(bits[block, start:stop], weights, out=product[: stop - start], dtype=np.uint32)
+            sums[block] += part.sum(dtype=np.uint32)
+    return sums

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmemserve.kernels import Ragged
+from jmemserve.kernels.pages import Pages, page_sizes, read_rows
 
 SPAN = 64  # keys per item when rows have one new token: their bytes stay in cache between the two products
 ITEMS = 16  # items per visit
@@ -23,11 +24,11 @@ TILE_SPAN = 128  # keys that a tile looks at in one go
 NEVER = -1e30  # a score that is never seen; finite, so that fully masked partial results stay finite
 
 
-def paged_attention(q: jax.Array, pages: jax.Array, layer: int, ragged: Ragged, window: int | None) -> jax.Array:
+def paged_attention(q: jax.Array, pages: Pages, layer: int, ragged: Ragged, window: int | None) -> jax.Array:
     """See ``jmemserve.kernels.Attention``."""
     num_tokens, num_rows = q.shape[0], ragged.context.shape[0]
     lengths = ragged.starts[1:] - ragged.starts[:-1]  # B: new tokens of each row
-    tables = _whole_spans(ragged.tables, pages.shape[4], max(SPAN, TILE_SPAN))
+    tables = _whole_spans(ragged.tables, page_sizes(pages)[1], max(SPAN, TILE_SPAN))
     if num_tokens == num_rows:  # the shape of a step in which every row has one token
         return _one_token_rows(q, pages, layer, tables, ragged.context, window)
     row_tokens = jnp.minimum(ragged.starts[:-1], num_tokens - 1)
@@ -38,11 +39,11 @@ def paged_attention(q: jax.Array, pages: jax.Array, layer: int, ragged: Ragged, 
 
 
 def _one_token_rows(
-    q: jax.Array, pages: jax.Array, layer: int, tables: jax.Array, context: jax.Array, window: int | None
+    q: jax.Array, pages: Pages, layer: int, tables: jax.Array, context: jax.Array, window: int | None
 ) -> jax.Array:
     """q: [B, N, H], row b's only new token being its last one. Rows with context 0 cost nothing."""
     num_rows, num_heads, head_dim = q.shape
-    kv_heads, size = pages.shape[3:5]
+    kv_heads, size = page_sizes(pages)
     span, per_span = _span_of(size, SPAN)
     visit = min(ITEMS, num_rows)
     grouped = q.reshape(num_rows, kv_heads, num_heads // kv_heads, head_dim).astype(jnp.float32) * head_dim**-0.5
@@ -60,7 +61,7 @@ def _one_token_rows(
         place = chunk[:, None] * span + jnp.arange(span)[None]  # visit, span
         seen = (place < context[row][:, None]) & (place >= low[row][:, None]) & (item < total)[:, None]
         index = tables[row[:, None], chunk[:, None] * per_span + jnp.arange(per_span)[None]]
-        k, v = (_rows_of(pages[index, layer, half]) for half in (0, 1))  # visit, K, span, H
+        k, v = (_rows_of(read_rows(pages, index, layer, half)) for half in (0, 1))  # visit, K, span, H
         scores = jnp.einsum("bkgh,bksh->bkgs", grouped[row], k)
         scores = jnp.where(seen[:, None, None], scores, NEVER)
         part_top = scores.max(-1)
@@ -81,7 +82,7 @@ def _one_token_rows(
 
 def _many_token_rows(
     q: jax.Array,
-    pages: jax.Array,
+    pages: Pages,
     layer: int,
     ragged: Ragged,
     tables: jax.Array,
@@ -90,7 +91,7 @@ def _many_token_rows(
 ) -> jax.Array:
     """q: [T, N, H]; visits only the rows with ``lengths`` (i32[B]) above 0, tile by tile."""
     num_tokens, num_heads, head_dim = q.shape
-    kv_heads, size = pages.shape[3:5]
+    kv_heads, size = page_sizes(pages)
     group = num_heads // kv_heads
     span, per_span = _span_of(size, TILE_SPAN)
     tile = min(TILE, num_tokens)
@@ -118,7 +119,7 @@ def _many_token_rows(
             if window is not None:
                 seen &= place[None] > position[:, None] - window
             index = lax.dynamic_slice(tables, (row, chunk * per_span), (1, per_span))
-            k, v = (_rows_of(pages[index, layer, half])[0] for half in (0, 1))  # K, span, H
+            k, v = (_rows_of(read_rows(pages, index, layer, half))[0] for half in (0, 1))  # K, span, H
             v = jnp.where((place < high)[None, :, None], v, 0)
             scores = jnp.einsum("kth,ksh->kts", queries, k).reshape(kv_heads, group, tile, span)
             scores = jnp.where(seen[None, None], scores, NEVER)

@@ -1,206 +1,494 @@
-"""From tokens to blocks: a tree with one node per whole block.
+"""From tokens to blocks: a radix tree whose edges are runs of whole blocks (paper section 4.2).
 
-    salt "" root ── [5 1 7 2] ── [9 9 4 0] ── [3 3 1 8]
-                             └── [9 9 6 6]
+    space ── [5 1 7 2|9 9 4 0] ──┬── [3 3 1 8|6 6 0 2|1 1 1 1]        "|" parts the blocks of a run
+             hbm  4   9          │    hbm 12   7   0
+             dram 0   3          │    dram 0   0   5
+                                 └── [8 8 8 8] ...
 
-A node is found by its parent and the exact tokens of its block, so two prefixes never meet by a hash, and nothing
-depends on the hash seed of a process. A node is never split, so a pin on a block stays on that block. Blocks without
-references may be evicted, the least recently used leaf first.
+Every block of a run has a copy in HBM, in DRAM or in both; in the lists 0 means no copy there, and a negative number
+in ``dram`` a copy whose bytes are still on their way and that nobody can find. Runs split where prefixes part, between
+blocks; what is held is blocks, never nodes, so a split changes nothing for who holds. Tokens are compared exactly, so
+two prefixes never meet by a hash, and nothing depends on the hash seed of a process.
+
+A *location* is a block number with its medium: b > 0 is HBM block b, -b is DRAM block b.
 """
 
-import heapq
-import struct
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
-
-_NOBODY = 0  # the block of a root
-_UNQUEUED = -1
-_TOKEN_BYTES = 4  # token ids are below 2**31
-
-
-def block_keys(tokens: Sequence[int] | np.ndarray, block_size: int, num_blocks: int) -> list[bytes]:
-    """The keys of the first ``num_blocks`` whole blocks of ``tokens``. Raises struct.error for ids beyond int32."""
-    head = tokens[: num_blocks * block_size]
-    if isinstance(head, np.ndarray):
-        raw = head.astype(np.int32).tobytes()
-    else:
-        raw = struct.pack(f"{len(head)}i", *head)  # half the time of array or numpy
-    assert len(raw) == num_blocks * block_size * _TOKEN_BYTES, f"{len(tokens)=} < {num_blocks=} * {block_size=}"
-    step = block_size * _TOKEN_BYTES
-    return [raw[start : start + step] for start in range(0, len(raw), step)]
-
-
-class Node:
-    """One whole block of tokens below its parent."""
-
-    __slots__ = ("block", "children", "key", "last_use", "parent", "queued")
-
-    def __init__(self, parent: "Node | None", key: bytes, block: int):
-        self.parent = parent  # None: a root, or a node that was removed
-        self.key = key
-        self.block = block  # _NOBODY: a root
-        self.children: dict[bytes, Node] = {}
-        self.last_use = 0
-        self.queued = _UNQUEUED  # last_use as written on its entry in the eviction queue, if it has one
+from jmemserve.kvpool.address import Medium
+from jmemserve.kvpool.eviction import EvictionQueue
+from jmemserve.kvpool.events import START, EventLog
+from jmemserve.kvpool.runs import DIRTY, DRAM, HBM, OF_ALL, TOKEN_BYTES, Node, Space
 
 
 class TokenIndex:
-    """Prefixes of whole blocks and the block behind each. ``is_held(block)`` tells what must not be evicted."""
+    """Prefixes of whole blocks and where the copies of each block are. ``is_held(location)``: it must stay."""
 
-    def __init__(self, block_size: int, capacity: int, is_held: Callable[[int], bool]):
-        self._block_size = block_size
-        self._is_held = is_held
-        self._roots: dict[bytes, Node] = {}  # by salt; none is without children
-        self._nodes: list[Node | None] = [None] * (capacity + 1)  # by block
-        self._queue: list[tuple[int, int, Node]] = []  # heap of (last_use, push number, node), some out of date
-        self._clock = 0
-        self._pushes = 0
+    def __init__(
+        self,
+        block_size: int,
+        capacities: tuple[int, int],
+        is_held: Callable[[int], bool],
+        log: EventLog | None = None,
+        quota: tuple[int | None, int | None] | None = None,
+    ):
+        self.step = block_size * TOKEN_BYTES
+        self.is_held = is_held
+        self._log = log
+        self.quota = quota  # cached blocks that each space may have, by medium
+        self.spaces: dict[bytes, Space] = {}  # none is empty
+        self.tables: list[list[Node | None]] = [[None] * (capacity + 1) for capacity in capacities]  # by medium, block
+        self.queues: list[EvictionQueue[Node]] = [EvictionQueue(bit) for bit in OF_ALL]
+        self._dirty: EvictionQueue[Node] = EvictionQueue(DIRTY)  # may have blocks in HBM without a copy in DRAM
+        self._has_dram = capacities[DRAM] > 0
+        self._ids = itertools.count(START + 1)
+        self.clock = 0  # of uses; raised once per call of the pool
+        self.now = 0.0  # in seconds, set by the pool's owner; only for people
+        self.both = 0  # blocks with a copy in either medium
+        self.num_blocks = 0  # prefixes of whole blocks, wherever their copies are
         self.num_nodes = 0
 
-    def __contains__(self, block: int) -> bool:
-        return self._nodes[block] is not None
+    # -- looking -----------------------------------------------------------------------------------------------------
 
-    def find(self, tokens: Sequence[int] | np.ndarray, salt: str, limit: int) -> list[int]:
-        """The blocks of the longest known prefix, at most ``limit`` of them. Changes nothing."""
-        node = self._roots.get(salt.encode())
-        if node is None or limit <= 0:
-            return []
-        blocks: list[int] = []
-        for key in block_keys(tokens, self._block_size, limit):
-            node = node.children.get(key)
-            if node is None:
-                break
-            blocks.append(node.block)
-        return blocks
+    def __contains__(self, location: int) -> bool:
+        return (self.tables[HBM][location] if location > 0 else self.tables[DRAM][-location]) is not None
 
-    def insert(self, tokens: Sequence[int] | np.ndarray, salt: str, blocks: Sequence[int]) -> list[int]:
-        """Name the i-th whole block of tokens ``blocks[i]``; return the positions that have another block already."""
-        if not blocks:
-            return []
-        root = salt.encode()
-        node = self._roots.get(root)
-        if node is None:
-            node = self._roots[root] = Node(None, root, _NOBODY)
-        self._clock += 1
-        duplicates = []
-        for position, key in enumerate(block_keys(tokens, self._block_size, len(blocks))):
-            child = node.children.get(key)
-            block = blocks[position]
+    def find(self, raw: bytes, space: bytes, limit: int) -> list[int]:
+        """Locations of the longest prefix that has all its bytes in place, at most ``limit`` blocks; HBM if it can be."""
+        found: list[int] = []
+        for node, count in self._walk(raw, space, limit):
+            if not node.dram:
+                found += node.hbm if count == len(node.hbm) else node.hbm[:count]
+                continue
+            for place in range(count):
+                location = node.hbm[place] or -node.dram[place]
+                if location == 0 or (location > 0 and not node.hbm[place]):
+                    return found  # its only copy is on its way
+                found.append(location)
+        return found
+
+    def _walk(self, raw: bytes, space: bytes, limit: int) -> list[tuple[Node, int]]:
+        """The nodes along the longest known prefix and how many blocks of each."""
+        path: list[tuple[Node, int]] = []
+        known = self.spaces.get(space)
+        if known is None:
+            return path
+        node, at, end, step = known.root, 0, min(limit * self.step, len(raw)), self.step
+        while at < end:
+            child = node.children.get(raw[at : at + step])
             if child is None:
-                assert self._nodes[block] is None, f"block {block} is in the index under other tokens"
-                child = Node(node, key, block)
-                node.children[key] = child
-                self._nodes[block] = child
-                self.num_nodes += 1
-            elif child.block != block:
-                duplicates.append(position)
-            child.last_use = self._clock  # its entry in the queue, if any, is put right when it comes up
-            node = child
+                break
+            run = child.run
+            if len(run) <= end - at and raw.startswith(run, at):
+                path.append((child, len(run) // step))
+                at += len(run)
+                node = child
+                continue
+            low, high = 1, min(len(run), end - at) // step  # the first block is equal
+            while low < high:
+                middle = (low + high + 1) // 2
+                if raw[at + low * step : at + middle * step] == run[low * step : middle * step]:
+                    low = middle
+                else:
+                    high = middle - 1
+            path.append((child, low))
+            break
+        return path
+
+    # -- storing -----------------------------------------------------------------------------------------------------
+
+    def insert(self, raw: bytes, space: bytes, locations: Sequence[int]) -> list[int]:
+        """Block i of ``raw`` has its bytes at ``locations[i]``; return the places that have another copy already.
+
+        Raises ValueError, changing nothing, if a location is in the index under other tokens.
+        """
+        path = self._walk(raw, space, len(locations))
+        self._check_new(path, locations)
+        duplicates: list[int] = []
+        done = 0
+        for node, count in path:
+            self._use(node)
+            for place in range(count):
+                location = locations[done + place]
+                medium, block = (HBM, location) if location > 0 else (DRAM, -location)
+                copies = node.hbm if medium is HBM else node.dram
+                here = copies[place] if copies else 0
+                if here == 0:
+                    self.attach(node, place, location)
+                elif here != block:
+                    duplicates.append(done + place)
+            done += count
+        if done < len(locations):
+            self._extend(path, raw[done * self.step : len(locations) * self.step], space, locations[done:])
         return duplicates
 
-    def unheld(self, block: int) -> None:
-        """The block of the index lost its last reference just now: it is the most recently used."""
-        node = self._nodes[block]
-        assert node is not None, f"block {block} is not in the index"
-        self._clock += 1
-        node.last_use = self._clock
+    def _check_new(self, path: list[tuple[Node, int]], locations: Sequence[int]) -> None:
+        """No location may stand for two prefixes."""
+        new: list[int] = []
+        done = 0
+        for node, count in path:
+            for place in range(count):
+                location = locations[done + place]
+                if location not in self:
+                    new.append(location)
+                elif location != node.hbm[place] and not (node.dram and -location == node.dram[place]):
+                    raise ValueError(f"block {location} is in the index under other tokens")
+            done += count
+        new += locations[done:]
+        hbm, dram = self.tables
+        if len(set(new)) < len(new) or any([(hbm[b] if b > 0 else dram[-b]) is not None for b in new]):
+            raise ValueError(f"blocks {new} are in the index under other tokens, or given twice")
+
+    def insert_after(self, before: int, raw: bytes, space: bytes, locations: Sequence[int]) -> bool:
+        """Continue the prefix that ends with the block at ``before``; False if that cannot be told from here."""
+        node = self.tables[HBM][before] if before > 0 else None
+        if node is None or node.hbm[-1] != before or node.children or node.space.name != space:
+            return False
+        if any(location in self for location in locations) or len(set(locations)) < len(locations):
+            return False
+        self._use(node)
+        self._extend([(node, len(node.hbm))], raw, space, locations)
+        return True
+
+    def _extend(self, path: list[tuple[Node, int]], raw: bytes, name: bytes, locations: Sequence[int]) -> None:
+        """Add a run of new blocks below the end of ``path``."""
+        space = self.spaces.get(name)
+        if space is None:
+            space = self.spaces[name] = Space(name)
+        parent, count = path[-1] if path else (space.root, 0)
+        if count < len(parent.hbm):
+            self._split(parent, count)
+        before = parent.ids[-1] if parent.ids else START
+        ids = array("q", itertools.islice(self._ids, len(locations)))
+        if parent.parent is not None and not parent.children:
+            node = parent  # a leaf grows
+            node.run += raw
+        else:
+            node = Node(parent, space, raw)
+            parent.children[raw[: self.step]] = node
+            self.num_nodes += 1
+        first = len(node.hbm)
+        node.ids += ids
+        in_dram = [-location if location < 0 else 0 for location in locations] if min(locations) < 0 else []
+        node.hbm += [max(location, 0) for location in locations] if in_dram else locations
+        if node.dram or in_dram:
+            node.dram += [0] * (first - len(node.dram)) + (in_dram or [0] * len(locations))
+        self.num_blocks += len(locations)
+        hbm, dram = self.tables
+        for location in locations:
+            if location > 0:
+                hbm[location] = node
+            else:
+                dram[-location] = node
+        num_dram = len(in_dram) - in_dram.count(0)
+        space.counts[HBM] += len(locations) - num_dram
+        space.counts[DRAM] += num_dram
+        if self._log is not None:
+            for medium, stretch in itertools.groupby(range(len(locations)), lambda i: int(locations[i] < 0)):
+                places = list(stretch)
+                start, stop = places[0], places[-1] + 1
+                parent_id = ids[start - 1] if start else before
+                tokens = raw[start * self.step : stop * self.step]
+                self._log.stored(Medium(medium), name, parent_id, ids[start:stop], tokens)
+        self._use(node)
         self._offer(node)
 
-    def pop_oldest_leaf(self) -> int | None:
-        """Remove the least recently used leaf that nobody holds and return its block, or None."""
-        while self._queue:
-            last_use, _, node = heapq.heappop(self._queue)
-            if node.queued != last_use or node.parent is None:
-                continue  # an entry of a node that was removed
-            node.queued = _UNQUEUED
-            if node.last_use != last_use:
-                self._offer(node)
-            elif not node.children and not self._is_held(node.block):
-                return self._remove(node)[0]
-        return None
+    def attach(self, node: Node, place: int, location: int) -> None:
+        """A block that has a copy elsewhere, or had, gets this one."""
+        medium, block = (HBM, location) if location > 0 else (DRAM, -location)
+        if medium is DRAM and not node.dram:
+            node.dram = [0] * len(node.hbm)
+        copies = node.hbm if medium is HBM else node.dram
+        assert copies[place] in (0, -block), f"{copies[place]=} has another copy than {block=}"
+        copies[place] = block
+        self.tables[medium][block] = node
+        node.space.counts[medium] += 1
+        self.both += bool(node.hbm[place] and node.dram and node.dram[place] > 0)
+        if self._log is not None:
+            parent_id = node.ids[place - 1] if place else self.before(node)
+            tokens = node.run[place * self.step : (place + 1) * self.step]
+            self._log.stored(medium, node.space.name, parent_id, node.ids[place : place + 1], tokens)
+        self._offer(node)
 
-    def pop_oldest_subtrees(self) -> Iterator[list[int]]:
-        """Remove one unheld node after the other with all below it, oldest first, and yield the blocks of each.
+    def before(self, node: Node) -> int:
+        """The id of the block before a run."""
+        assert node.parent is not None
+        return node.parent.ids[-1] if node.parent.ids else START
 
-        For when ``pop_oldest_leaf`` finds nothing: blocks that are not held may lie above blocks that are.
+    def _split(self, node: Node, place: int) -> None:
+        """Cut a run in two; ``node`` keeps the first ``place`` blocks."""
+        cut = place * self.step
+        tail = Node(node, node.space, node.run[cut:])
+        tail.hbm, tail.dram, tail.ids = node.hbm[place:], node.dram[place:], node.ids[place:]
+        tail.children, tail.last_use, tail.used_at = node.children, node.last_use, node.used_at
+        for child in tail.children.values():
+            child.parent = tail
+        node.run, node.hbm, node.dram, node.ids = node.run[:cut], node.hbm[:place], node.dram[:place], node.ids[:place]
+        node.children = {tail.run[: self.step]: tail}
+        self.num_nodes += 1
+        for copies, nodes in zip((tail.hbm, tail.dram), self.tables, strict=True):
+            for block in copies:
+                if block:
+                    nodes[abs(block)] = tail
+        self._offer(node)
+        self._offer(tail)
+
+    # -- copies on their way -----------------------------------------------------------------------------------------
+
+    def expect(self, block: int, dram: int) -> None:
+        """The bytes of this HBM block are on their way to this DRAM block."""
+        node = self.tables[HBM][block]
+        assert node is not None, f"HBM block {block} is not in the index"
+        place = node.hbm.index(block)
+        if not node.dram:
+            node.dram = [0] * len(node.hbm)
+        assert node.dram[place] == 0, f"HBM block {block} has the DRAM copy {node.dram[place]}"
+        node.dram[place] = -dram
+        self.tables[DRAM][dram] = node
+
+    def arrived(self, dram: int) -> list[int]:
+        """The bytes of a DRAM block that was expected are in place.
+
+        Nothing happens if its prefix was forgotten meanwhile; without room in the quota, they are lost. Returns
+        locations that left the index.
         """
-        nodes = [node for node in self._nodes if node is not None and not self._is_held(node.block)]
-        nodes.sort(key=lambda node: node.last_use)
-        for node in nodes:
-            if node.parent is not None:
-                yield self._remove(node)
-
-    def remove(self, tokens: Sequence[int] | np.ndarray, salt: str) -> list[int]:
-        """Remove the node of this prefix of whole blocks and all below it; return their blocks, parents first."""
-        count = len(tokens) // self._block_size
-        path = self.find(tokens, salt, count)
-        if not path or len(path) < count:
+        node = self.tables[DRAM][dram]
+        if node is None:
             return []
-        node = self._nodes[path[-1]]
-        assert node is not None
-        return self._remove(node)
+        if self._is_full(node.space, DRAM):
+            return self.lost(dram)
+        self.attach(node, node.dram.index(-dram), -dram)
+        return []
 
-    def remove_all(self) -> list[int]:
-        """Remove every node and return their blocks."""
-        nodes = [node for node in self._nodes if node is not None]
+    def lost(self, dram: int) -> list[int]:
+        """The bytes will never come. Returns locations that left the index with it."""
+        node = self.tables[DRAM][dram]
+        if node is None:
+            return []
+        place = node.dram.index(-dram)
+        node.dram[place] = 0
+        self.tables[DRAM][dram] = None
+        if not node.hbm[place]:
+            return self._truncate(node, place)
+        self._offer(node)
+        return []
+
+    def swapped_in(self, dram: int, block: int) -> bool:
+        """HBM block ``block`` has the bytes of this DRAM block; False if the prefix has a copy in HBM or is forgotten."""
+        node = self.tables[DRAM][dram]
+        if node is None or self._is_full(node.space, HBM) or node.hbm[place := node.dram.index(dram)]:
+            return False
+        self.attach(node, place, block)
+        return True
+
+    def _is_full(self, space: Space, medium: Medium) -> bool:
+        limit = self.quota[medium] if self.quota is not None else None
+        return limit is not None and space.counts[medium] >= limit
+
+    # -- leaving -----------------------------------------------------------------------------------------------------
+
+    def released(self, location: int) -> None:
+        """The block of the index lost its last reference, an order's: that is no use of its prefix."""
+        node = self.tables[HBM][location] if location > 0 else self.tables[DRAM][-location]
+        assert node is not None, f"block {location} is not in the index"
+        self._offer(node)
+
+    def released_all(self, nodes: Iterable[Node | None]) -> None:
+        """Blocks of these runs lost their last references just now."""
+        last = None
         for node in nodes:
-            node.parent = None
-            self._nodes[node.block] = None
-        self._roots.clear()
-        self._queue.clear()
-        self.num_nodes = 0
-        return [node.block for node in nodes]
+            if node is not last and node is not None:
+                self._use(node)
+                self._offer(node)
+                last = node
 
-    def _remove(self, node: Node) -> list[int]:
+    def evict(
+        self, medium: Medium, n: int, spill: Callable[[int], int], lossless: bool = False, space: Space | None = None
+    ) -> list[int]:
+        """Take up to n unheld copies out of a medium, least recently used first, ends of prefixes first.
+
+        For a block in HBM that has no other copy, ``spill(block)`` may name the DRAM block where its bytes go; with 0
+        it can only leave at the end of a prefix, and not at all if ``lossless``. Returns the locations.
+        """
+        gone: list[int] = []
+        kept: list[Node] = []
+        queue = self.queues[medium] if space is None else space.queues[medium]
+        while len(gone) < n and (node := queue.pop()) is not None:
+            if self._shrink(node, medium, n - len(gone), gone, spill, lossless) and node.alive:
+                queue.offer(node)
+            elif lossless:
+                kept.append(node)  # another call may lose what this one must not
+        for node in kept:
+            queue.offer(node)
+        return gone
+
+    def _shrink(
+        self, node: Node, medium: Medium, n: int, gone: list[int], spill: Callable[[int], int], lossless: bool
+    ) -> bool:
+        """Take up to n copies from the end of one run; True if there may be more."""
+        copies, others = (node.hbm, node.dram) if medium is HBM else (node.dram, node.hbm)
+        sign = 1 if medium is HBM else -1
+        dropped: list[int] = []
+        end, taken = len(node.ids), 0
+        for place in range(len(copies) - 1, -1, -1):
+            if taken == n:
+                break
+            block = copies[place]
+            if block <= 0:
+                continue  # no copy, or one that is on its way
+            if self.is_held(sign * block):
+                break
+            if not (others and others[place]):
+                dram = spill(block) if medium is HBM else 0
+                if dram:
+                    self.expect(block, dram)
+                    others = node.dram
+                elif lossless or node.children or place != end - 1:
+                    break
+                else:
+                    end = place
+            elif others[place] > 0:
+                self.both -= 1
+            copies[place] = 0
+            self.tables[medium][block] = None
+            node.space.counts[medium] -= 1
+            dropped.append(node.ids[place])
+            gone.append(sign * block)
+            taken += 1
+        if self._log is not None and dropped:
+            self._log.removed(medium, dropped)
+        if end < len(node.ids):
+            self._cut(node, end)
+        elif medium is DRAM and dropped:
+            self._dirty.offer(node)
+        return taken == n
+
+    def _cut(self, node: Node, place: int) -> None:
+        """Shorten a run whose copies from ``place`` on are gone."""
+        self.num_blocks -= len(node.ids) - place
+        key = node.run[: self.step]
+        node.run = node.run[: place * self.step]
+        del node.hbm[place:], node.dram[place:], node.ids[place:]
+        if place:
+            self._offer(node)
+            return
         parent = node.parent
-        assert parent is not None, f"the node of block {node.block} was removed before"
-        del parent.children[node.key]
-        blocks = []
-        stack = [node]
-        while stack:
-            lost = stack.pop()
-            blocks.append(lost.block)
-            self._nodes[lost.block] = None
-            lost.parent = None
-            stack.extend(lost.children.values())
-        self.num_nodes -= len(blocks)
-        if parent.block != _NOBODY:
+        assert parent is not None, "a root has no blocks"
+        del parent.children[key]
+        node.parent, node.alive = None, False
+        self.num_nodes -= 1
+        if parent.parent is not None:
             self._offer(parent)
         elif not parent.children:
-            del self._roots[parent.key]
-        return blocks
+            del self.spaces[node.space.name]
+
+    def _truncate(self, node: Node, place: int) -> list[int]:
+        """Forget a run from ``place`` on and all below it; return the locations whose bytes were in place."""
+        gone: list[int] = []
+        stack = list(node.children.values())
+        node.children = {}
+        self._strip(node, place, gone)
+        while stack:
+            lost = stack.pop()
+            stack += lost.children.values()
+            self._strip(lost, 0, gone)
+            self.num_blocks -= len(lost.ids)
+            self.num_nodes -= 1
+            lost.parent, lost.alive, lost.children = None, False, {}
+        self._cut(node, place)
+        return gone
+
+    def _strip(self, node: Node, start: int, gone: list[int]) -> None:
+        """Take every copy from ``start`` on out of the tables."""
+        for medium, copies, sign in ((HBM, node.hbm, 1), (DRAM, node.dram, -1)):
+            dropped = []
+            for place in range(start, len(copies)):
+                block = copies[place]
+                if block:
+                    self.tables[medium][abs(block)] = None
+                if block > 0:
+                    gone.append(sign * block)
+                    dropped.append(node.ids[place])
+                    self.both -= bool(medium is HBM and node.dram and node.dram[place] > 0)
+            node.space.counts[medium] -= len(dropped)
+            if self._log is not None and dropped:
+                self._log.removed(medium, dropped)
+
+    def evict_subtrees(self, medium: Medium) -> Iterator[list[int]]:
+        """Forget one unheld block of this medium after the other with all that continues it, oldest first.
+
+        For when ``evict`` finds nothing: what is not held may lie above what is.
+        """
+        alive = {id(node): node for node in self.tables[medium] if node is not None}
+        for node in sorted(alive.values(), key=lambda node: node.last_use):
+            if not node.alive:
+                continue
+            copies, sign = (node.hbm, 1) if medium is HBM else (node.dram, -1)
+            place = next((i for i, b in enumerate(copies) if b > 0 and not self.is_held(sign * b)), None)
+            if place is not None:
+                yield self._truncate(node, place)
+
+    def remove(self, raw: bytes, space: bytes) -> list[int]:
+        """Forget this prefix of whole blocks and all that continues it; return the locations. Unknown: nothing."""
+        count = len(raw) // self.step
+        path = self._walk(raw, space, count)
+        if not path or sum(found for _, found in path) < count:
+            return []
+        node, found = path[-1]
+        return self._truncate(node, found - 1)
+
+    def forget(self, location: int) -> list[int]:
+        """Forget the block at this location and all that continues it; return the locations."""
+        node = self.tables[location < 0][abs(location)]
+        if node is None:
+            return []
+        return self._truncate(node, node.hbm.index(location) if location > 0 else node.dram.index(-location))
+
+    def remove_all(self) -> list[int]:
+        """Forget every prefix and return the locations."""
+        gone: list[int] = []
+        for space in list(self.spaces.values()):
+            for node in list(space.root.children.values()):
+                gone += self._truncate(node, 0)
+        return gone
+
+    # -- order of use ------------------------------------------------------------------------------------------------
+
+    def _use(self, node: Node) -> None:
+        node.last_use, node.used_at = self.clock, self.now
 
     def _offer(self, node: Node) -> None:
-        """Queue the node for eviction if it can be evicted now. Invariant: each such node has one valid entry."""
-        if node.queued != _UNQUEUED or node.children or self._is_held(node.block):
+        """Queue a node wherever something of it might be given up."""
+        if node.parent is None:
             return
-        if len(self._queue) > 2 * len(self._nodes):  # entries of removed nodes; let go of them
-            self._queue = [entry for entry in self._queue if entry[2].parent is not None]
-            heapq.heapify(self._queue)
-        self._pushes += 1
-        node.queued = node.last_use
-        heapq.heappush(self._queue, (node.last_use, self._pushes, node))
+        self.queues[HBM].offer(node)
+        if self._has_dram:
+            self.queues[DRAM].offer(node)
+            self._dirty.offer(node)
+        if self.quota is not None:
+            for queue in node.space.queues:
+                queue.offer(node)
 
-    def check(self) -> set[int]:
-        """Assert that the tree, the table by block and the eviction queue agree; return the blocks in the index."""
-        queued = {id(node) for last_use, _, node in self._queue if node.queued == last_use and node.parent is not None}
-        seen: set[int] = set()
-        for salt, root in self._roots.items():
-            assert root.children and root.key == salt, f"the root of salt {salt!r} is empty"
-            stack = [root]
+    def dirty(self, n: int) -> list[int]:
+        """Up to n unheld HBM blocks without a copy in DRAM, least recently used first."""
+        found: list[int] = []
+        while len(found) < n and (node := self._dirty.pop()) is not None:
+            for place in range(len(node.hbm) - 1, -1, -1):
+                block = node.hbm[place]
+                if block and not (node.dram and node.dram[place]) and not self.is_held(block):
+                    found.append(block)
+                    if len(found) == n:
+                        self._dirty.offer(node)
+                        break
+        return found
+
+    def nodes(self) -> Iterator[Node]:
+        """Every run, parents first."""
+        for space in self.spaces.values():
+            stack = list(space.root.children.values())
             while stack:
                 node = stack.pop()
-                for key, child in node.children.items():
-                    assert child.key == key and child.parent is node, f"block {child.block} has a wrong parent or key"
-                    assert len(key) == self._block_size * _TOKEN_BYTES, f"{len(key)=}, {self._block_size=}"
-                    assert child.block not in seen, f"block {child.block} is in the index twice"
-                    assert self._nodes[child.block] is child, f"block {child.block} is missing in the table"
-                    assert child.queued == _UNQUEUED or id(child) in queued, f"block {child.block} lost its queue entry"
-                    if not child.children and not self._is_held(child.block):
-                        assert child.queued != _UNQUEUED, f"block {child.block} could be evicted but is not queued"
-                    seen.add(child.block)
-                    stack.append(child)
-        listed = sum(node is not None for node in self._nodes)
-        assert len(seen) == listed == self.num_nodes, f"{len(seen)=}, {listed=}, {self.num_nodes=}"
-        return seen
+                yield node
+                stack += node.children.values()

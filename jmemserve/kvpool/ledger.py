@@ -1,4 +1,4 @@
-"""Who holds which block of one medium: reference counts and generations, as flat lists.
+"""Who holds which block of one medium: reference counts, generations and addresses, as flat lists.
 
             take                    last drop + free
     free ---------> held (refs > 0) ----------------> free, generation + 1
@@ -10,19 +10,34 @@
 Index 0 is nobody's (kernels write padding there), so the blocks are 1 .. capacity.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from jmemserve.errors import ForeignAddress, StaleAddress
+from jmemserve.kvpool.address import BlockAddress, Medium
 
 
 class Ledger:
-    """The states of ``capacity`` blocks. It trusts its caller, the pool, which validates addresses before."""
+    """The states of ``capacity`` blocks of one medium. Only ``live`` mistrusts its caller."""
 
-    __slots__ = ("capacity", "free_list", "generations", "num_cached", "num_refs", "refs")
+    __slots__ = (
+        "addresses",
+        "capacity",
+        "epoch",
+        "free_list",
+        "generations",
+        "instance",
+        "medium",
+        "num_cached",
+        "num_refs",
+        "refs",
+    )
 
-    def __init__(self, capacity: int):
+    def __init__(self, instance: str, epoch: int, medium: Medium, capacity: int):
         assert capacity >= 0, f"{capacity=}"
-        self.capacity = capacity
+        self.instance, self.epoch, self.medium, self.capacity = instance, epoch, medium, capacity
         self.refs = [0] * (capacity + 1)
         self.generations = [0] * (capacity + 1)
+        self.addresses: list[BlockAddress | None] = [None] * (capacity + 1)  # of the current generation, once asked for
         self.free_list = list(range(capacity, 0, -1))  # a stack; low indices leave first
         self.num_cached = 0
         self.num_refs = 0  # Invariant: sum(refs), the references given out
@@ -34,6 +49,34 @@ class Ledger:
     @property
     def num_held(self) -> int:
         return self.capacity - len(self.free_list) - self.num_cached
+
+    @property
+    def room(self) -> int:
+        """Blocks that an allocation can get: free and cached."""
+        return len(self.free_list) + self.num_cached
+
+    def address(self, block: int) -> BlockAddress:
+        """The address of a block in its current generation."""
+        address = self.addresses[block]
+        if address is None:
+            generation = self.generations[block]
+            address = BlockAddress(self.instance, self.epoch, self.medium, block, generation)
+            self.addresses[block] = address
+        return address
+
+    def live(self, address: BlockAddress) -> int:
+        """The index of an address whose block somebody holds. Raises ForeignAddress or StaleAddress."""
+        index = address.index
+        known = 0 < index <= self.capacity and address.medium is self.medium and address.instance == self.instance
+        if not known:
+            raise ForeignAddress(
+                f"{address} is none of the {self.capacity} {self.medium.name} blocks of {self.instance}"
+            )
+        if self.refs[index] == 0 or address != self.address(index):
+            now = self.address(index)
+            holders = self.refs[index]
+            raise StaleAddress(f"{address} was freed: the block is {now} now, with {holders} references")
+        return index
 
     def take(self, n: int) -> list[int]:
         """Turn n free blocks into held ones with one reference each. There must be as many."""
@@ -50,12 +93,14 @@ class Ledger:
 
     def hold(self, blocks: Iterable[int]) -> None:
         """Add one reference to each of these held or cached blocks."""
-        refs = self.refs
+        refs, count, woken = self.refs, 0, 0
         for block in blocks:
             if refs[block] == 0:
-                self.num_cached -= 1
+                woken += 1
             refs[block] += 1
-            self.num_refs += 1
+            count += 1
+        self.num_cached -= woken
+        self.num_refs += count
 
     def drop(self, block: int) -> int:
         """Give back one reference and return how many are left; at 0 the caller goes on with ``keep`` or ``free``."""
@@ -65,6 +110,24 @@ class Ledger:
         self.num_refs -= 1
         return left
 
+    def drop_all(self, blocks: Iterable[int], indexed: Sequence[object]) -> list[int]:
+        """Give back one reference on each; return those that became cached, since ``indexed[block]`` is something."""
+        refs, cached, count = self.refs, [], 0
+        for block in blocks:
+            left = refs[block] - 1
+            refs[block] = left
+            count += 1
+            if left == 0:
+                if indexed[block] is not None:
+                    cached.append(block)
+                else:
+                    self.generations[block] += 1
+                    self.addresses[block] = None
+                    self.free_list.append(block)
+        self.num_refs -= count
+        self.num_cached += len(cached)
+        return cached
+
     def keep(self, block: int) -> None:
         """The block without references is in the index: it becomes cached."""
         self.num_cached += 1
@@ -72,6 +135,7 @@ class Ledger:
     def free(self, block: int) -> None:
         """The block without references is in no index: it becomes free."""
         self.generations[block] += 1
+        self.addresses[block] = None
         self.free_list.append(block)
 
     def evict(self, block: int) -> None:
@@ -94,8 +158,12 @@ class Ledger:
             elif refs:
                 held += 1
             else:
-                assert block in indexed, f"block {block} is neither free nor held nor in the index"
+                assert block in indexed, f"{self.medium.name} block {block} is neither free nor held nor in the index"
                 cached += 1
+            address = self.addresses[block]
+            if address is not None:
+                expected = BlockAddress(self.instance, self.epoch, self.medium, block, self.generations[block])
+                assert address == expected, f"{address} != {expected}"
         free = len(free_set)
         assert cached == self.num_cached, f"{cached=} != {self.num_cached=}"
         assert free + held + cached == self.capacity, f"{free=} + {held=} + {cached=} != {self.capacity=}"

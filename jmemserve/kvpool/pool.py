@@ -1,324 +1,312 @@
-"""MemPool: who holds which block of an instance, and which prefixes are cached. It decides; it moves no bytes.
+"""MemPool: the paper's elastic memory pool for whoever wants one: a test, a tool, a cache service (paper section 4).
 
-    alloc_mem ──▶ held ──insert──▶ held and in the index ──free_mem──▶ cached ──match──▶ held ...
-                   └──────free_mem──▶ free ◀──────evicted by alloc_mem────┘
+    with MemPool("a", layout, num_blocks=64, dram_blocks=256) as a, MemPool("b", layout, num_blocks=64) as b:
+        a.link(b)                                   # or, between processes: a.connect(address of b)
+        blocks = a.alloc_mem(4)
+        a.write(blocks, array)                      # [4, L, 2, K, C, H]
+        a.insert(tokens, blocks)
+        a.transfer_with_insert("b", tokens, blocks).result(5)
 
-A block can be found by ``match`` only after ``insert``, and its holder calls that when the bytes are in place: the
-index entry is the commit record. All of a pool's calls come from one thread; none of them waits.
+It is a ``PoolNode`` with a thread of its own, so that its verbs can be called from any thread. They wait for the
+pool's thread, never for a peer, but for those that say so; what takes time returns a ``Transfer``. An engine does
+not use this class: its own thread is the owner of its ``PoolNode``.
 """
 
-import dataclasses
-from collections import Counter
-from collections.abc import Sequence
-from types import TracebackType
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jmemserve.errors import ForeignAddress, PoolFull, StaleAddress
+from jmemserve.errors import Unavailable
+from jmemserve.kernels.pages import PageLayout
+from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.address import BlockAddress, Medium
-from jmemserve.kvpool.index import TokenIndex
-from jmemserve.kvpool.ledger import Ledger
+from jmemserve.kvpool.arena import make_arena
+from jmemserve.kvpool.blocks import BlockPool
+from jmemserve.kvpool.events import EventLog
+from jmemserve.kvpool.lease import Match
+from jmemserve.kvpool.net.codec import Codec
+from jmemserve.kvpool.net.link import SocketLink
+from jmemserve.kvpool.node import LEASE_S, TIMEOUT_S, PoolNode, Transfer
+from jmemserve.kvpool.stats import NodeStats, PoolStats
+from jmemserve.kvpool.store import PageStore
+from jmemserve.kvpool.transfer import Flags, Granularity
+from jmemserve.kvpool.transports import Transport
 
-Tokens = Sequence[int] | np.ndarray
+POLL_S = 0.02  # how often time is looked at
+CALL_S = 60.0  # a call of the pool's thread that takes longer is given up
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PoolStats:
-    """A momentary view of a pool, in blocks; tokens and evictions count since its start."""
-
-    free: int
-    held: int
-    cached: int
-    capacity: int
-    hit_tokens: int  # found by ``match``
-    query_tokens: int  # asked of ``match``
-    evictions: int  # cached blocks dropped to make room
-
-
-class Match:
-    """A lease on the cached blocks of a prefix: one reference on each, until ``release`` or ``take``.
-
-    As a context manager it releases at the end of the block what was not taken.
-    """
-
-    __slots__ = ("_addresses", "_pool", "num_tokens")
-
-    def __init__(self, pool: "MemPool", addresses: list[BlockAddress], num_tokens: int):
-        self._pool: MemPool | None = pool
-        self._addresses = addresses
-        self.num_tokens = num_tokens  # covered by the addresses: whole blocks
-
-    @property
-    def addresses(self) -> tuple[BlockAddress, ...]:
-        """The blocks in token order; empty once released or taken."""
-        return tuple(self._addresses)
-
-    def release(self) -> None:
-        """Give the references back. Further calls do nothing."""
-        pool, self._pool = self._pool, None
-        addresses, self._addresses = self._addresses, []
-        if pool is not None:
-            pool.free_mem(addresses)
-
-    def take(self) -> list[BlockAddress]:
-        """End the lease and return the addresses; the caller owns the references and frees them."""
-        self._pool = None
-        addresses, self._addresses = self._addresses, []
-        return addresses
-
-    def __enter__(self) -> "Match":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.release()
+MESSAGES = Codec(
+    {
+        number: kind
+        for number, kind in enumerate(
+            (
+                tx.Hello,
+                tx.Offer,
+                tx.Accept,
+                tx.Refuse,
+                tx.Data,
+                tx.Landed,
+                tx.Close,
+                tx.Done,
+                tx.Cancel,
+                tx.Allocate,
+                tx.Allocated,
+                tx.Free,
+                tx.Renew,
+            )
+        )
+    }
+)
 
 
 class MemPool:
-    """The blocks 1 .. num_blocks of one instance, ``block_size`` tokens each. Its arrays have num_blocks + 1 pages."""
+    """One pool with its memory, its thread and its links. ``transports`` are made by the caller and closed with it."""
 
-    # Invariant: free + held + cached == capacity, and a cached block is in the index exactly once.
+    def __init__(
+        self,
+        instance: str,
+        layout: PageLayout,
+        num_blocks: int,
+        dram_blocks: int = 0,
+        mesh: Mesh | None = None,
+        transports: Callable[[PageStore], Sequence[Transport]] = lambda store: (),
+        model: str = "",
+        quota: tuple[int | None, int | None] | None = None,
+        listen: str | None = None,
+        secret: bytes = b"",
+        on_arrival: Callable[[tx.Arrived], None] = lambda arrived: None,
+        timeout_s: float = TIMEOUT_S,
+        lease_s: float = LEASE_S,
+    ):
+        """``mesh`` has an axis "model" and defaults to the first device; ``transports(store)`` makes the ways to peers.
 
-    def __init__(self, instance: str, epoch: int, num_blocks: int, block_size: int):
-        assert block_size >= 1, f"{block_size=}"
+        ``listen`` ("host:port", port 0 for any) accepts links from other processes that know the ``secret``.
+        ``on_arrival`` is called on the pool's thread.
+        """
         self.instance = instance
-        self.epoch = epoch
-        self.block_size = block_size
-        self.capacity = num_blocks
-        self._ledger = Ledger(num_blocks)
-        self._index = TokenIndex(block_size, num_blocks, lambda block: self._ledger.refs[block] > 0)
-        self._addresses: list[BlockAddress | None] = [None] * (num_blocks + 1)  # of the current generation
-        self._owner: dict[int, str] = {}  # block -> whose the reference of its allocation is, if anybody's by name
-        self._owned: dict[str, set[int]] = {}  # the same by owner
-        self._hit_tokens = 0
-        self._query_tokens = 0
-        self._evictions = 0
+        mesh = mesh if mesh is not None else Mesh(np.array(jax.devices()[:1]), ("model",))
+        blocks = BlockPool(
+            instance, time.time_ns(), num_blocks, layout.block_size, dram_blocks, model, quota, EventLog()
+        )
+        store = PageStore(layout, num_blocks, mesh)
+        arena = make_arena(layout, dram_blocks, mesh) if dram_blocks else None
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._routes: dict[str, Callable[[bytes], None]] = {}
+        self._failure: BaseException | None = None
+        self.node = PoolNode(
+            blocks, store, arena, transports(store), self._inbox.put, self._send, on_arrival, timeout_s, lease_s
+        )
+        self._thread = threading.Thread(target=self._run, name=f"pool-{instance}", daemon=True)
+        self._thread.start()
+        self._socket: SocketLink | None = None
+        if listen is not None:
+            self._socket = SocketLink(
+                MESSAGES.encode(self.node.hello()),
+                secret,
+                listen=listen,
+                accept=self._accept,
+                on_message=self._from_socket,
+                on_down=lambda peer: self._inbox.put(lambda: self.node.link_lost(peer)),
+            )
 
-    # -- asking ------------------------------------------------------------------------------------------------------
+    # -- the paper's verbs ---------------------------------------------------------------------------------------------
 
-    @property
-    def free(self) -> int:
-        return self._ledger.num_free
+    def alloc_mem(self, size: int, medium: Medium = Medium.HBM, instance: str | None = None) -> list[BlockAddress]:
+        """See ``PoolNode.alloc_mem``; waits for the peer's answer if it is a peer's memory."""
+        return self._call(lambda: self.node.alloc_mem(size, medium, instance)).result(CALL_S)
 
-    @property
-    def held(self) -> int:
-        return self._ledger.num_held
+    def free_mem(self, addresses: Sequence[BlockAddress]) -> None:
+        """See ``PoolNode.free_mem``."""
+        self._call(lambda: self.node.free_mem(addresses))
 
-    @property
-    def cached(self) -> int:
-        return self._ledger.num_cached
+    def insert(
+        self, tokens: Sequence[int], addresses: Sequence[BlockAddress], salt: str = "", adapter: str = ""
+    ) -> list[BlockAddress]:
+        """See ``BlockPool.insert``."""
+        return self._call(lambda: self.node.blocks.insert(tokens, addresses, salt, adapter))
 
-    def room(self, medium: Medium = Medium.HBM) -> int:
-        """How many blocks ``alloc_mem`` can give now: free and cached. This pool has blocks in HBM only."""
-        return self._ledger.num_free + self._ledger.num_cached if medium is Medium.HBM else 0
+    def match(self, tokens: Sequence[int], salt: str = "", adapter: str = "") -> Match:
+        """See ``BlockPool.match``; the lease may be released from any thread."""
+        found = self._call(lambda: self.node.blocks.match(tokens, salt, adapter))
+        num_tokens = found.num_tokens
+        return Match(self.free_mem, found.take(), num_tokens)
 
-    def address(self, index: int) -> BlockAddress:
-        """The address of a block in its current generation."""
-        assert 0 < index <= self.capacity, f"block {index} is not in 1..{self.capacity}"
-        address = self._addresses[index]
-        if address is None:
-            generation = self._ledger.generations[index]
-            address = BlockAddress(self.instance, self.epoch, Medium.HBM, index, generation)
-            self._addresses[index] = address
-        return address
+    def delete(self, tokens: Sequence[int], salt: str = "", adapter: str = "") -> int:
+        """See ``BlockPool.delete``."""
+        return self._call(lambda: self.node.blocks.delete(tokens, salt, adapter))
 
-    def stats(self) -> PoolStats:
-        """Counts for load reports and metrics."""
-        return PoolStats(
-            free=self.free,
-            held=self.held,
-            cached=self.cached,
-            capacity=self.capacity,
-            hit_tokens=self._hit_tokens,
-            query_tokens=self._query_tokens,
-            evictions=self._evictions,
+    def swap_out(self, num_blocks: int) -> int:
+        """See ``PoolNode.swap_out``; waits until the bytes are in DRAM."""
+        return self._call(lambda: self.node.swap_out(num_blocks)).result(CALL_S)
+
+    def swap_in(self, addresses: Sequence[BlockAddress]) -> list[BlockAddress]:
+        """See ``PoolNode.swap_in``; waits until the bytes are in HBM."""
+        return self._call(lambda: self.node.swap_in(addresses)).result(CALL_S)
+
+    def transfer(
+        self,
+        instance: str,
+        source: Sequence[BlockAddress],
+        destination: Sequence[BlockAddress] | None = None,
+        flags: Flags = Flags.NONE,
+        private: bytes | None = b"",
+        granularity: Granularity = Granularity.AUTO,
+        ready: int | None = None,
+    ) -> Transfer:
+        """See ``PoolNode.transfer``."""
+        return self._call(lambda: self.node.transfer(instance, source, destination, flags, private, granularity, ready))
+
+    def transfer_with_insert(
+        self,
+        instance: str,
+        tokens: Sequence[int],
+        source: Sequence[BlockAddress],
+        destination: Sequence[BlockAddress] | None = None,
+        flags: Flags = Flags.NONE,
+        private: bytes | None = b"",
+        granularity: Granularity = Granularity.AUTO,
+        ready: int | None = None,
+        salt: str = "",
+        adapter: str = "",
+    ) -> Transfer:
+        """See ``PoolNode.transfer_with_insert``."""
+        return self._call(
+            lambda: self.node.transfer_with_insert(
+                instance, tokens, source, destination, flags, private, granularity, ready, salt, adapter
+            )
         )
 
-    def __repr__(self) -> str:
-        return (
-            f"<MemPool {self.instance} hbm {self.held} held {self.cached} cached {self.free} free of {self.capacity}>"
-        )
+    def more(self, transfer: Transfer, ready: int) -> None:
+        """See ``PoolNode.more``."""
+        self._call(lambda: self.node.more(transfer.transfer_id, ready))
 
-    # -- references --------------------------------------------------------------------------------------------------
+    def close_transfer(self, transfer: Transfer, private: bytes) -> None:
+        """See ``PoolNode.close_transfer``."""
+        self._call(lambda: self.node.close_transfer(transfer.transfer_id, private))
 
-    def alloc_mem(self, n: int, medium: Medium = Medium.HBM, owner: str | None = None) -> list[BlockAddress]:
-        """Allocate n blocks with one reference each, dropping cached ones (oldest leaf first) if it must.
+    # -- bytes ---------------------------------------------------------------------------------------------------------
 
-        All or nothing: raises PoolFull, changing nothing, if free and cached together are too few. With an owner, the
-        references are that owner's: ``free_mem`` and ``disown`` name it, ``free_owned_by`` gives all of them back.
-        """
-        assert n >= 0, f"{n=}"
-        if n > self.room(medium):
-            raise PoolFull(n, *((self.free, self.cached) if medium is Medium.HBM else (0, 0)))
-        if n == 0:
-            return []
-        if n > self._ledger.num_free:
-            self._make_room(n)
-        blocks = self._ledger.take(n)
-        if owner is not None:
-            self._owner.update(dict.fromkeys(blocks, owner))
-            self._owned.setdefault(owner, set()).update(blocks)
-        return [self.address(block) for block in blocks]
+    def write(self, addresses: Sequence[BlockAddress], blocks: np.ndarray) -> None:
+        """Put bytes into blocks that the caller holds: [n, L, 2, K, C, H]. Raises StaleAddress or ForeignAddress."""
+        self._call(lambda: self.node.write(addresses, blocks))
 
-    def free_mem(self, addresses: Sequence[BlockAddress], owner: str | None = None) -> None:
-        """Give back one reference on each address; blocks in the index become cached, others free.
+    def read(self, addresses: Sequence[BlockAddress]) -> np.ndarray:
+        """The bytes of blocks that the caller holds: [n, L, 2, K, C, H]. Raises StaleAddress or ForeignAddress."""
+        return self._call(lambda: self.node.read(addresses))
 
-        ``addresses`` are in token order, so that the end of a prefix is evicted before its start. With an owner, the
-        references are those allocated with it. All or nothing: raises StaleAddress (also for a double free) or
-        ForeignAddress, changing nothing.
-        """
-        blocks = self._held_blocks(addresses, owner)
-        if owner is not None:
-            self._forget_owner(blocks, owner)
-        for block in reversed(blocks):
-            self._drop(block)
+    # -- links ---------------------------------------------------------------------------------------------------------
 
-    def disown(self, addresses: Sequence[BlockAddress], owner: str) -> None:
-        """Turn references allocated with this owner into the caller's own. Raises like ``free_mem``."""
-        self._forget_owner(self._held_blocks(addresses, owner), owner)
+    @property
+    def address(self) -> str | None:
+        """Where other processes reach this pool, if it listens."""
+        return self._socket.address if self._socket is not None else None
 
-    def free_owned_by(self, owner: str) -> int:
-        """Give back every reference allocated with this owner (a dead peer, say) and return how many there were."""
-        blocks = sorted(self._owned.get(owner, ()))
-        self._forget_owner(blocks, owner)
-        for block in blocks:
-            self._drop(block)
-        return len(blocks)
+    def link(self, other: "MemPool") -> str:
+        """Link up with a pool of this process; the name of the transport. Raises TransferError with the reason."""
+        name = ""
+        for one, two in ((self, other), (other, self)):
+            hello = two._call(two.node.hello)
+            peer = one._call(lambda one=one, hello=hello: one.node.greet(hello))
+            one._routes[two.instance] = lambda raw, one=one, two=two: two._take(one.instance, raw)
+            name = name or peer.transport.name
+        return name
 
-    # -- the index ---------------------------------------------------------------------------------------------------
+    def connect(self, address: str, timeout_s: float = 10.0) -> str:
+        """Link up with a pool of another process; its name. Raises TransferError with the reason."""
+        if self._socket is None:
+            raise Unavailable("this pool was made without `listen`, so it has no links to other processes")
+        return self._socket.connect(address, timeout_s)
 
-    def insert(self, tokens: Tokens, addresses: Sequence[BlockAddress], salt: str = "") -> list[BlockAddress]:
-        """Make the whole blocks of ``tokens`` findable: the caller holds the addresses and their bytes are in place.
+    def forget_peer(self, instance: str) -> int:
+        """See ``PoolNode.forget_peer``."""
+        return self._call(lambda: self.node.forget_peer(instance))
 
-        Addresses beyond the whole blocks are ignored. Returns the duplicates, addresses whose place is taken by
-        another block already; like all others they stay the caller's. The caller's references are not touched, and
-        inserting the same again changes nothing. Raises StaleAddress or ForeignAddress, changing nothing.
-        """
-        count = len(tokens) // self.block_size
-        assert len(addresses) >= count, f"{len(tokens)=} make {count} whole blocks, but {len(addresses)=}"
-        blocks = [self._live_block(address) for address in addresses[:count]]
-        duplicates = self._index.insert(tokens, salt, blocks)
-        return [addresses[position] for position in duplicates]
+    def _accept(self, raw: bytes) -> str:
+        """On a thread of the link: another process says hello."""
+        hello = MESSAGES.decode(raw)
+        if not isinstance(hello, tx.Hello):
+            raise Unavailable("the first message of a link must be a hello")
+        peer = self._call(lambda: self.node.greet(hello))
+        socket = self._socket
+        assert socket is not None
+        self._routes[peer.name] = lambda raw: socket.send(peer.name, raw)
+        return peer.name
 
-    def match(self, tokens: Tokens, salt: str = "") -> Match:
-        """Find the longest cached prefix in whole blocks, hold it, and return the lease; the caller ends it.
+    def _from_socket(self, peer: str, raw: bytes) -> None:
+        self._take(peer, raw)
 
-        It never covers the last token, whose logits somebody is about to need.
-        """
-        found = self.hold(tokens, salt, (len(tokens) - 1) // self.block_size)
-        self._query_tokens += len(tokens)
-        self._hit_tokens += found.num_tokens
-        return found
+    def _take(self, peer: str, raw: bytes) -> None:
+        self._inbox.put(lambda: self.node.handle_bytes(peer, raw, MESSAGES.decode))
 
-    def hold(self, tokens: Tokens, salt: str, limit: int) -> Match:
-        """Hold the longest cached prefix of at most ``limit`` whole blocks, the last token's too; the caller ends it.
+    def _send(self, peer: str, message: tx.Message) -> None:
+        self.node.guarded_send(peer, lambda: self._routes[peer](MESSAGES.encode(message)))
 
-        This is for keys and values that travel; it does not count as a hit or a query.
-        """
-        blocks = self._index.find(tokens, salt, limit)
-        self._ledger.hold(blocks)
-        return Match(self, list(map(self.address, blocks)), len(blocks) * self.block_size)
+    # -- the thread ----------------------------------------------------------------------------------------------------
 
-    def peek(self, tokens: Tokens, salt: str = "") -> int:
-        """How many tokens ``match`` would find. Holds nothing and changes nothing, not even the order of eviction."""
-        return len(self._index.find(tokens, salt, (len(tokens) - 1) // self.block_size)) * self.block_size
+    def _call[T](self, function: Callable[[], T]) -> T:
+        """Call on the pool's thread and wait."""
+        future: Future[T] = Future()
 
-    def delete(self, tokens: Tokens, salt: str = "") -> int:
-        """Forget the prefix made of the whole blocks of ``tokens`` and all that continues it; return how many blocks.
+        def work() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
 
-        Nothing happens if the index does not know all of that prefix. Held blocks survive until they are freed.
-        """
-        return self._forget(self._index.remove(tokens, salt))
+        if self._failure is not None or not self._thread.is_alive():
+            raise Unavailable(f"the pool {self.instance} is closed or has failed: {self._failure!r}")
+        self._inbox.put(work)
+        return future.result(CALL_S)
 
-    def clear(self) -> int:
-        """Forget every prefix and return how many blocks the index had. Held blocks survive until they are freed."""
-        return self._forget(self._index.remove_all())
+    def _run(self) -> None:
+        try:
+            polled = 0.0
+            while True:
+                try:
+                    work = self._inbox.get(timeout=POLL_S)
+                    if work is None:
+                        return
+                    work()
+                except queue.Empty:
+                    pass
+                now = time.monotonic()
+                if now - polled >= POLL_S:
+                    self.node.poll(now)
+                    polled = now
+        except BaseException as error:  # a bug: whoever calls next is told
+            self._failure = error
+            raise
+
+    def stats(self) -> tuple[PoolStats, NodeStats]:
+        """Counts: of the memory, and of what moved."""
+        return self._call(lambda: (self.node.blocks.stats(), self.node.stats()))
 
     def check(self) -> None:
-        """Recompute all that is stored twice and assert that it agrees. Slow: for tests and idle moments."""
-        self._ledger.check(self._index.check())
-        for block, address in enumerate(self._addresses):
-            if address is not None:
-                generation = self._ledger.generations[block]
-                expected = BlockAddress(self.instance, self.epoch, Medium.HBM, block, generation)
-                assert address == expected, f"{address} != {expected}"
-        owned = {block: owner for owner, blocks in self._owned.items() for block in blocks}
-        assert owned == self._owner, f"{owned=} != {self._owner=}"
-        assert all(self._owned.values()), f"an owner of nothing is kept: {self._owned}"
-        assert all(self._ledger.refs[block] > 0 for block in owned), f"an owned block is not held: {owned}"
+        """See ``BlockPool.check``."""
+        self._call(self.node.blocks.check)
 
-    # -- parts -------------------------------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        ways = self.node.peers.names()
+        peers = ", ".join(f"{name} by {way}" for name, way in ways.items()) or "no peers"
+        return f"{self.node.blocks!r:.300}".replace("BlockPool", "MemPool")[:-1] + f"; {peers}>"
 
-    def _live_block(self, address: BlockAddress) -> int:
-        """The index of an address whose block is held by somebody."""
-        index = address.index
-        if address.instance != self.instance or address.medium is not Medium.HBM or not 0 < index <= self.capacity:
-            raise ForeignAddress(f"{address} is not of {self!r}")
-        if address is not self._addresses[index] and address != self.address(index):
-            raise StaleAddress(f"{address} was freed; the block is in generation {self.address(index)} now")
-        if self._ledger.refs[index] == 0:
-            raise StaleAddress(f"{address} was freed: nobody holds it")
-        return index
+    def close(self) -> None:
+        """End the thread, the links and the workers. Twice is fine."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._thread.is_alive():
+            self._inbox.put(None)
+            self._thread.join(timeout=CALL_S)
+            self.node.close()
 
-    def _held_blocks(self, addresses: Sequence[BlockAddress], owner: str | None) -> list[int]:
-        """The indices of addresses on each of which the caller can have a reference to give back."""
-        blocks = [self._live_block(address) for address in addresses]
-        if owner is not None:
-            counts = Counter(blocks)
-            for block, count in counts.items():
-                if self._owner.get(block) != owner or count > 1:
-                    raise StaleAddress(f"{self.address(block)} is not held by {owner!r} {count} times")
-        elif self._owner or len(set(blocks)) < len(blocks):
-            for block, count in Counter(blocks).items():
-                anonymous = self._ledger.refs[block] - (block in self._owner)
-                if count > anonymous:
-                    raise StaleAddress(f"{self.address(block)} is freed {count} times but held {anonymous} times")
-        return blocks
+    def __enter__(self) -> "MemPool":
+        return self
 
-    def _forget_owner(self, blocks: Sequence[int], owner: str) -> None:
-        if not blocks:
-            return
-        owned = self._owned[owner]
-        for block in blocks:
-            del self._owner[block]
-            owned.remove(block)
-        if not owned:
-            del self._owned[owner]
-
-    def _drop(self, block: int) -> None:
-        if self._ledger.drop(block):
-            return
-        if block in self._index:
-            self._ledger.keep(block)
-            self._index.unheld(block)
-        else:
-            self._addresses[block] = None
-            self._ledger.free(block)
-
-    def _evict(self, block: int) -> None:
-        self._addresses[block] = None
-        self._ledger.evict(block)
-
-    def _make_room(self, n: int) -> None:
-        """Drop cached blocks until n are free. There must be enough of them."""
-        while self._ledger.num_free < n:
-            block = self._index.pop_oldest_leaf()
-            if block is None:
-                break
-            self._evict(block)
-            self._evictions += 1
-        if self._ledger.num_free < n:  # the rest lies above held blocks, which leave the index with it
-            for blocks in self._index.pop_oldest_subtrees():
-                before = self._ledger.num_cached
-                self._forget(blocks)
-                self._evictions += before - self._ledger.num_cached
-                if self._ledger.num_free >= n:
-                    break
-        assert self._ledger.num_free >= n, f"{self._ledger.num_free=} < {n=} with {self._ledger.num_cached=}"
-
-    def _forget(self, blocks: Sequence[int]) -> int:
-        """These blocks left the index: those that nobody holds become free."""
-        refs = self._ledger.refs
-        for block in blocks:
-            if refs[block] == 0:
-                self._evict(block)
-        return len(blocks)
+    def __exit__(self, *error: object) -> None:
+        self.close()

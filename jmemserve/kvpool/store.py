@@ -1,10 +1,10 @@
 """The arrays behind the addresses: one pool of pages on one mesh, donated to every step.
 
-The store has the only name of the pages array. Reads that must see old contents are enqueued before the step that
-donates the pages; dispatch order is enough, so every call comes from the instance's own thread.
+The store has the only name of the pages. Reads that must see old contents are enqueued before the step that donates
+the pages; dispatch order is enough, so every call but ``checksums`` comes from the owner's own thread.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,63 +12,98 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jmemserve.kernels.pages import KV_HEAD_AXIS, PageLayout, gather_blocks, scatter_blocks
+from jmemserve.kernels import pages as layouts
+from jmemserve.kernels.pages import PageLayout, Pages
 
-PIECES = (1, 4, 16, 64)  # blocks per gather or scatter: few sizes, compiled once; the rest is padded with page 0
+PIECES = (1, 4, 16, 64)  # blocks per gather or scatter: few sizes, compiled once
+PIECE_BYTES = 32 << 20  # a piece of several blocks is at most so large
 
 
 class PageStore:
-    """``num_blocks`` usable pages (numbers 1 to num_blocks; page 0 takes the writes of padding)."""
+    """``num_blocks`` usable pages (numbers 1 to num_blocks; page 0 takes the writes of padding).
+
+    A *piece* is [n, L, 2, K, C, H] with n of ``sizes``; a *part* of it, [n, K, C, H], is one layer's keys or values.
+    """
 
     def __init__(self, layout: PageLayout, num_blocks: int, mesh: Mesh):
         self.layout = layout
         self.num_blocks = num_blocks
-        axes: list[str | None] = [None] * 6
-        axes[KV_HEAD_AXIS] = "model"
-        self.sharding = NamedSharding(mesh, P(*axes))
-        shape = (num_blocks + 1, *layout.page_shape)
-        self.pages: jax.Array = jax.jit(lambda: jnp.zeros(shape, layout.dtype), out_shardings=self.sharding)()
-        self._replicated = NamedSharding(mesh, P(None))
-        self._gather = jax.jit(gather_blocks, out_shardings=self.sharding)
-        self._scatter = jax.jit(scatter_blocks, donate_argnums=0, out_shardings=self.sharding)
+        self.sizes = tuple(size for size in PIECES if size == 1 or size * layout.bytes_per_block <= PIECE_BYTES)
+        self.pages_sharding = NamedSharding(mesh, P(*layouts.page_axes(layout.aggregated)))
+        self.sharding = NamedSharding(mesh, P(*layouts.page_axes(True)))  # of a piece
+        self.part_sharding = NamedSharding(mesh, P(None, "model", None, None))
+        self.pages: Pages = jax.jit(lambda: layout.zeros(num_blocks + 1), out_shardings=self.pages_sharding)()
+        everywhere = NamedSharding(mesh, P())
+        self._put = lambda numbers: jax.device_put(np.asarray(numbers, np.int32), everywhere)
+        self._gather = jax.jit(layouts.gather_blocks, out_shardings=self.sharding)
+        self._scatter = jax.jit(layouts.scatter_blocks, donate_argnums=0, out_shardings=self.pages_sharding)
+        self._gather_part = jax.jit(layouts.gather_part, out_shardings=self.part_sharding)
+        self._scatter_part = jax.jit(layouts.scatter_part, donate_argnums=0, out_shardings=self.pages_sharding)
+        self._sums = jax.jit(layouts.block_checksums, static_argnums=2)
 
-    def gather(self, indices: Sequence[int]) -> Iterator[tuple[int, jax.Array]]:
-        """Copies of blocks in pieces: (first position, [n, L, 2, K, C, H]), n of PIECES, padded with page 0."""
-        for start, piece in _pieces(indices):
-            yield start, self._gather(self.pages, jax.device_put(piece, self._replicated))
+    @property
+    def nbytes(self) -> int:
+        """Of all pages, on all devices together."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.pages))
 
-    def scatter(self, indices: Sequence[int], blocks: jax.Array) -> None:
-        """Write a piece that ``gather`` of any store with an equal layout made, whatever mesh it lies on.
+    def cuts(self, count: int) -> list[tuple[int, int]]:
+        """Cut ``count`` blocks into stretches (start, stop) of the sizes that there are programs for."""
+        stretches, start = [], 0
+        for size in reversed(self.sizes):
+            while count - start >= size:
+                stretches.append((start, start + size))
+                start += size
+        return stretches
 
-        ``indices`` are the real blocks; the padding goes to page 0.
+    def gather(self, numbers: Sequence[int]) -> jax.Array:
+        """A copy of these blocks, as many as one of ``sizes``: [n, L, 2, K, C, H]."""
+        assert len(numbers) in self.sizes, f"{len(numbers)} blocks are none of the pieces {self.sizes}"
+        return self._gather(self.pages, self._put(numbers))
+
+    def scatter(self, numbers: Sequence[int], piece: jax.Array) -> None:
+        """Write a piece into these blocks, whatever mesh it lies on."""
+        assert piece.shape == (len(numbers), *self.layout.page_shape), (piece.shape, len(numbers), self.layout)
+        self.pages = self._scatter(self.pages, self._put(numbers), jax.device_put(piece, self.sharding))
+
+    def gather_part(self, numbers: Sequence[int], layer: int, half: int) -> jax.Array:
+        """A copy of one layer's keys (half 0) or values (1) of these blocks: [n, K, C, H]."""
+        if isinstance(self.pages, tuple):
+            return self._gather_part(self.pages[layer], self._put(numbers), self._put(half))
+        return self._gather_part(self.pages, self._put(numbers), self._put(layer), self._put(half))
+
+    def scatter_part(self, numbers: Sequence[int], layer: int, half: int, part: jax.Array) -> None:
+        """Write one layer's keys or values of these blocks."""
+        numbers_, part = self._put(numbers), jax.device_put(part, self.part_sharding)
+        if isinstance(self.pages, tuple):
+            own = self._scatter_part(self.pages[layer], numbers_, part, self._put(half))
+            self.pages = (*self.pages[:layer], own, *self.pages[layer + 1 :])
+        else:
+            self.pages = self._scatter_part(self.pages, numbers_, part, self._put(layer), self._put(half))
+
+    def checksums(self, blocks: jax.Array | np.ndarray) -> np.ndarray:
+        """u32[n] of a piece or a part, equal wherever its bytes lie; waits for it. From any thread.
+
+        Each device sums its own shard: programs without collectives may be called beside the steps.
         """
-        assert blocks.shape[1:] == self.layout.page_shape, (blocks.shape, self.layout)
-        padded = np.zeros(blocks.shape[0], np.int32)
-        padded[: len(indices)] = indices
-        arrived = jax.device_put(blocks, self.sharding)
-        self.pages = self._scatter(self.pages, jax.device_put(padded, self._replicated), arrived)
+        if isinstance(blocks, np.ndarray):
+            return layouts.host_checksums(blocks)
+        axis, heads = blocks.ndim - 3, blocks.shape[-3]
+        sums = []
+        for shard in blocks.addressable_shards:
+            if shard.replica_id == 0:
+                first = jax.device_put(np.int32(shard.index[axis].start or 0), shard.device)
+                sums.append(self._sums(shard.data, first, heads))
+        return np.sum([np.asarray(part) for part in sums], axis=0, dtype=np.uint32)
 
     def warm_up(self) -> None:
-        """Compile every gather and scatter; page 0's contents are nobody's."""
-        for size in PIECES:
-            for _, blocks in self.gather([0] * size):
-                self.scatter([0] * size, blocks)
+        """Compile every program for every size; page 0's contents are nobody's."""
+        for size in self.sizes:
+            nobody = [0] * size
+            piece, part = self.gather(nobody), self.gather_part(nobody, 0, 0)
+            self.checksums(piece), self.checksums(part)
+            self.scatter(nobody, piece)
+            self.scatter_part(nobody, 0, 0, part)
 
-    def warm_up_to(self, other: "PageStore") -> None:
-        """Compile what moving blocks from here to ``other`` needs."""
-        for size in PIECES:
-            for _, blocks in self.gather([0] * size):
-                other.scatter([0] * size, blocks)
-
-
-def _pieces(indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Cut into the fewest padded pieces: (first position, i32[n]) with n of PIECES."""
-    start = 0
-    while start < len(indices):
-        rest = len(indices) - start
-        size = next((size for size in PIECES if size >= rest), PIECES[-1])
-        piece = np.zeros(size, np.int32)
-        real = indices[start : start + size]
-        piece[: len(real)] = real
-        yield start, piece
-        start += size
+    def to_device(self, blocks: np.ndarray) -> jax.Array:
+        """A piece from the host; a copy, whatever happens to ``blocks`` later."""
+        return jax.device_put(jnp.array(blocks), self.sharding)

@@ -3,7 +3,9 @@
 There is one counter per sequence, its gap (known - computed). A plan spends a budget of tokens: first on running
 sequences that lack one token, then on running ones that lack more, oldest first, then on waiting ones. Who cannot
 get a block makes the youngest running sequence give up its blocks (it waits again and recomputes, mostly from the
-prefix cache). The oldest sequence can always proceed, so nobody starves.
+prefix cache, or swapped in again). The oldest sequence can always proceed, so nobody starves.
+
+What a sequence finds in DRAM is swapped in before it runs, where that costs less than computing it again.
 
 Counters run ahead: a plan made counts as done, and the token it samples is *promised* until ``commit`` learns it.
 Pure: no clock, no device; ``now`` is an argument.
@@ -14,7 +16,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from jmemserve.errors import PoolFull
-from jmemserve.kvpool import BlockAddress, MemPool
+from jmemserve.kvpool import BlockAddress, BlockPool, Medium, Swap
+from jmemserve.scheduler.costs import SwapCosts
 from jmemserve.scheduler.plan import Plan, Slice, StepShape, smallest
 from jmemserve.scheduler.sequence import Sequence, State
 from jmemserve.types import INVALID, FinishReason
@@ -24,7 +27,7 @@ class LocalScheduler:
     """The sequences of one instance and their blocks in its pool."""
 
     def __init__(
-        self, pool: MemPool, shapes: tuple[StepShape, ...], leaves: Callable[[Sequence], bool] = lambda seq: False
+        self, pool: BlockPool, shapes: tuple[StepShape, ...], leaves: Callable[[Sequence], bool] = lambda seq: False
     ):
         self.pool = pool
         self.shapes = shapes
@@ -34,6 +37,9 @@ class LocalScheduler:
         self.waiting: deque[Sequence] = deque()  # oldest arrival first
         self.running: list[Sequence] = []  # oldest arrival first
         self.leaving: list[Sequence] = []
+        self.loading: dict[int, Sequence] = {}  # who waits for which swap
+        self.swaps_in: list[Swap] = []  # begun since the caller looked last
+        self.swap_costs = SwapCosts()
         self.preemptions = 0
         self.plans = 0
 
@@ -51,8 +57,7 @@ class LocalScheduler:
         seq.indexed = computed // self.pool.block_size
         seq.first_admission = False
         assert computed <= len(blocks) * self.pool.block_size, (computed, len(blocks))
-        seq.state = State.RUNNING
-        self._insert_by_arrival(self.running, seq)
+        self._start(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Let a sequence go, from whatever state; its blocks are given back at once (indexed ones stay cached).
@@ -62,7 +67,8 @@ class LocalScheduler:
         for group in (self.running, self.leaving, self.waiting):
             if seq in group:
                 group.remove(seq)
-        self._give_back(seq)
+        if seq.state is not State.LOADING:  # else its blocks are being written to: ``loaded`` gives them back
+            self._give_back(seq)
         seq.state = State.FINISHED
 
     def hand_blocks_over(self, seq: Sequence) -> list[BlockAddress]:
@@ -87,7 +93,24 @@ class LocalScheduler:
         self._queue(seq)
 
     def sequences(self) -> Iterable[Sequence]:
-        yield from (*self.running, *self.leaving, *self.waiting)
+        yield from (*self.running, *self.leaving, *self.waiting, *self.loading.values())
+
+    def loaded(self, swap: Swap, arrived: bool) -> None:
+        """A swap-in of ``swaps_in`` is over. If the bytes did not arrive, the pool took their blocks back."""
+        seq = self.loading.pop(swap.number)
+        if not arrived:
+            lost = set(swap.hbm)
+            seq.blocks = [block for block in seq.blocks if block.index not in lost]
+        if seq.state is State.FINISHED:
+            self.pool.free_mem(seq.blocks)
+            seq.blocks, seq.table = [], []
+        elif arrived:
+            seq.state = State.RUNNING
+            self._insert_by_arrival(self.running, seq)
+        else:
+            self._give_back(seq)
+            seq.state = State.WAITING
+            self._queue(seq)
 
     # -- the step ---------------------------------------------------------------------------------------------
 
@@ -107,10 +130,12 @@ class LocalScheduler:
                 continue
             pieces.append(_slice(seq, length))
             budget -= length
-        while self.waiting and budget and len(self.running) < self.max_seqs and len(pieces) < self.max_seqs:
+        while self.waiting and budget and self._active < self.max_seqs and len(pieces) < self.max_seqs:
             seq = self.waiting[0]
             if preempted or not self._admit(seq, now):
                 break
+            if seq.state is State.LOADING:
+                continue
             length = min(seq.gap, budget)
             if not self._make_room(seq, seq.computed + length, set(), None):
                 self._put_back(seq)
@@ -196,32 +221,58 @@ class LocalScheduler:
         size = self.pool.block_size
         full = min(seq.landed, len(seq.tokens)) // size
         if full > seq.indexed:
-            self.pool.insert(seq.tokens[: full * size], seq.blocks[:full], seq.request.salt)
+            self.pool.insert(seq.tokens[: full * size], seq.blocks[:full], seq.request.salt, start=seq.indexed)
             seq.indexed = full
+
+    @property
+    def _active(self) -> int:
+        return len(self.running) + len(self.loading)
 
     def _admit(self, seq: Sequence, now: float) -> bool:
         """Start the first waiting sequence if all that it lacks fits, and one block more."""
-        size = self.pool.block_size
-        spare = 1 if self.running else 0
-        if -(-seq.known // size) - self.pool.peek(seq.tokens, seq.request.salt) // size + spare > self.pool.room():
+        size, pool = self.pool.block_size, self.pool
+        spare = 1 if self._active else 0
+        needed = -(-seq.known // size) + spare
+        if needed - pool.peek_media(seq.tokens, seq.request.salt)[0] > pool.room():
             return False  # asked every step: do not count it as a look-up
-        match = self.pool.match(seq.tokens, seq.request.salt)
-        lacking = -(-seq.known // size) - len(match.addresses)
-        if lacking + spare > self.pool.room():
+        match = pool.match(seq.tokens, seq.request.salt)
+        if needed - sum(block.medium is Medium.HBM for block in match.addresses) > pool.room():
             match.release()
             return False
         self.waiting.popleft()
-        seq.computed = seq.landed = match.num_tokens
+        blocks = match.take()
+        first = next((place for place, block in enumerate(blocks) if block.medium is Medium.DRAM), None)
+        if first is not None and not self.swap_costs.worth(
+            sum(block.medium is Medium.DRAM for block in blocks), (len(blocks) - first) * size
+        ):
+            pool.free_mem(blocks[first:])
+            del blocks[first:]
+        seq.blocks = blocks
+        seq.computed = seq.landed = len(blocks) * size
+        seq.indexed = len(blocks)
         if seq.first_admission:
-            seq.first_admission, seq.cached_tokens = False, min(match.num_tokens, len(seq.request.prompt))
+            seq.first_admission, seq.cached_tokens = False, min(seq.computed, len(seq.request.prompt))
         if not seq.stamps.planned:
             seq.stamps.planned = now
-        seq.blocks = match.take()
-        seq.table = [block.index for block in seq.blocks]
-        seq.indexed = len(seq.blocks)
-        seq.state = State.RUNNING
-        self._insert_by_arrival(self.running, seq)
+        self._start(seq)
         return True
+
+    def _start(self, seq: Sequence) -> None:
+        """A sequence with its first blocks runs, after those of them that lie in DRAM were swapped in."""
+        in_dram = [place for place, block in enumerate(seq.blocks) if block.medium is Medium.DRAM]
+        if in_dram:
+            fresh = self.pool.swap_in([seq.blocks[place] for place in in_dram])
+            for place, block in zip(in_dram, fresh, strict=True):
+                seq.blocks[place] = block
+        seq.table = [block.index for block in seq.blocks]
+        if in_dram:
+            seq.state = State.LOADING
+            swap = self.pool.swaps.open_orders()[-1]
+            self.loading[swap.number] = seq
+            self.swaps_in.append(swap)
+        else:
+            seq.state = State.RUNNING
+            self._insert_by_arrival(self.running, seq)
 
     def _make_room(self, seq: Sequence, tokens: int, planned: set[int], preempted: set[int] | None) -> bool:
         """Give ``seq`` blocks for its first ``tokens`` tokens, taking them from younger sequences if need be.

@@ -11,6 +11,7 @@ class State(enum.Enum):
     """Where a sequence stands in its instance."""
 
     WAITING = "waiting"  # holds no block
+    LOADING = "loading"  # its blocks are on their way from DRAM
     RUNNING = "running"  # holds blocks and is planned
     LEAVING = "leaving"  # holds blocks, is not planned, its blocks are on their way to another instance
     FINISHED = "finished"

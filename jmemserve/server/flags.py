@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from jmemserve.config import ClusterSpec, EngineConfig, LoadFormat, Warmup, parse_mesh
+from jmemserve.config import BlockLayout, ClusterSpec, EngineConfig, Granularity, LoadFormat, Switch, Warmup, parse_mesh
 from jmemserve.errors import ConfigError
 
 OFF = "off"
@@ -83,7 +83,12 @@ _ENGINE = (
     _engine_flag("block_size", int, "tokens per KV block"),
     _engine_flag("memory_utilization", float, "share of device memory for weights and KV together"),
     _engine_flag("kv_cache_tokens", int, "size of the KV pool in tokens, instead of --memory-utilization"),
-    _engine_flag("host_memory_gb", float, "size of the KV pool's part in host memory"),
+    _engine_flag("host_memory_gb", float, "KV in host memory, in GiB per instance; 0: none"),
+    _engine_flag("block_layout", BlockLayout, "how KV pages lie in device memory"),
+    _engine_flag("transfer_granularity", Granularity, "how the bytes of moving blocks are cut"),
+    _engine_flag("block_checksums", Switch, "compare the bytes of moved blocks with what they were"),
+    _engine_flag("salt_quota_tokens", int, "cached tokens per cache salt in device memory; default: any"),
+    _engine_flag("salt_quota_host_tokens", int, "cached tokens per cache salt in host memory; default: any"),
     _engine_flag("max_num_seqs", int, "sequences in one step of an instance"),
     _engine_flag("max_num_batched_tokens", int, "new tokens in one step of an instance"),
     _engine_flag("max_queue", int, "waiting requests before new ones are refused"),

@@ -1,6 +1,5 @@
-"""MemPool: what each verb promises, and the field's lessons that apply to it."""
+"""BlockPool: what each verb promises, and the field's lessons that apply to it."""
 
-import dataclasses
 import subprocess
 import sys
 
@@ -8,16 +7,16 @@ import numpy as np
 import pytest
 
 from jmemserve.errors import ForeignAddress, PoolFull, StaleAddress
-from jmemserve.kvpool import BlockAddress, Medium, MemPool
+from jmemserve.kvpool import BlockAddress, Medium, BlockPool
 
 C = 4  # tokens per block
 
 
-def make(num_blocks: int = 8) -> MemPool:
-    return MemPool("prefill0", 7, num_blocks, C)
+def make(num_blocks: int = 8) -> BlockPool:
+    return BlockPool("prefill0", 7, num_blocks, C)
 
 
-def cache(pool: MemPool, tokens: list[int], salt: str = "") -> list[BlockAddress]:
+def cache(pool: BlockPool, tokens: list[int], salt: str = "") -> list[BlockAddress]:
     """Compute, index and let go of whole blocks."""
     addresses = pool.alloc_mem(len(tokens) // C)
     pool.insert(tokens, addresses, salt)
@@ -41,7 +40,7 @@ def test_alloc_is_all_or_nothing():
     with pytest.raises(PoolFull) as info:
         pool.alloc_mem(6)
     assert (info.value.needed, info.value.free, info.value.cached) == (6, 3, 2)
-    assert repr(pool) == "<MemPool prefill0 hbm 3 held 2 cached 3 free of 8>"
+    assert repr(pool) == "<BlockPool prefill0: HBM 62% of 8 (3 held, 2 cached, 3 free); no look-ups yet>"
     assert len(pool.alloc_mem(5)) == 5
     assert pool.stats().evictions == 2
     assert pool.alloc_mem(0) == []
@@ -188,13 +187,13 @@ def test_salts_do_not_share():
 
 
 def test_foreign_addresses_change_nothing():
-    pool, other = make(), MemPool("decode0", 7, 8, C)
+    pool, other = make(), BlockPool("decode0", 7, 8, C)
     mine = pool.alloc_mem(2)
     for bad in (
         other.alloc_mem(1)[0],
-        dataclasses.replace(mine[0], medium=Medium.DRAM),
-        dataclasses.replace(mine[0], index=0),
-        dataclasses.replace(mine[0], index=9),
+        mine[0]._replace(medium=Medium.DRAM),
+        mine[0]._replace(index=0),
+        mine[0]._replace(index=9),
     ):
         for call in (pool.free_mem, lambda addresses: pool.insert([*range(2 * C)], addresses)):
             with pytest.raises(ForeignAddress):
@@ -260,7 +259,7 @@ def test_lesson_13_a_double_free_changes_nothing_and_a_lease_ends_once():
 
 
 def test_lesson_14_an_address_of_a_former_life_is_stale():
-    old = MemPool("prefill0", 6, 8, C).alloc_mem(1)
+    old = BlockPool("prefill0", 6, 8, C).alloc_mem(1)
     pool = make()
     pool.alloc_mem(8)
     with pytest.raises(StaleAddress):
@@ -305,8 +304,8 @@ def test_lesson_25_matching_goes_by_tokens():
 
 def test_lesson_27_hits_do_not_depend_on_the_hash_seed():
     program = (
-        "from jmemserve.kvpool import MemPool\n"
-        "pool = MemPool('a', 0, 64, 4)\n"
+        "from jmemserve.kvpool import BlockPool\n"
+        "pool = BlockPool('a', 0, 64, 4)\n"
         "for start in range(0, 64, 8):\n"
         "    blocks = pool.alloc_mem(12)\n"
         "    pool.insert([*range(start, start + 48)], blocks, 'salt')\n"

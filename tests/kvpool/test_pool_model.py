@@ -1,4 +1,4 @@
-"""MemPool driven by random operations against a dictionary, with ``check()`` after each."""
+"""BlockPool driven by random operations against a dictionary, with ``check()`` after each."""
 
 import inspect
 from random import Random
@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from jmemserve.errors import ForeignAddress, PoolFull, StaleAddress
-from jmemserve.kvpool import BlockAddress, Match, MemPool
+from jmemserve.kvpool import BlockAddress, Match, BlockPool
 
 C = 2  # tokens per block
 Key = tuple[str, tuple[int, ...]]
@@ -23,7 +23,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize(num_blocks=st.integers(1, 12))
     def start(self, num_blocks: int) -> None:
-        self.pool = MemPool("a", 1, num_blocks, C)
+        self.pool = BlockPool("a", 1, num_blocks, C)
         self.index: dict[Key, BlockAddress] = {}
         self.given: list[tuple[list[BlockAddress], tuple[int, ...], str]] = []  # addresses, tokens, salt
         self.leases: list[Match] = []
@@ -235,14 +235,14 @@ def test_a_long_life():
     for life in range(40):
         machine = PoolMachine()
         machine.start(num_blocks=random.randint(1, 14))
-        subtrees = machine.pool._index.pop_oldest_subtrees
+        subtrees = machine.pool._index.evict_subtrees
 
-        def count_subtrees(subtrees=subtrees):
+        def count_subtrees(medium, subtrees=subtrees):
             nonlocal above_held
             above_held += 1
-            return subtrees()
+            return subtrees(medium)
 
-        machine.pool._index.pop_oldest_subtrees = count_subtrees
+        machine.pool._index.evict_subtrees = count_subtrees
         rules = {
             machine.serve: 8,
             machine.alloc: 3,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from jmemserve.errors import TransferError
-from jmemserve.kvpool import MemPool
+from jmemserve.kvpool import BlockPool
 from jmemserve.kvpool import transfer as tx
 
 C = 4
@@ -20,7 +20,7 @@ class Side:
 
     def __init__(self, name: str, num_blocks: int = 16, epoch: int = 1, max_in_flight: int = 8):
         self.name = name
-        self.pool = MemPool(name, epoch, num_blocks, C)
+        self.pool = BlockPool(name, epoch, num_blocks, C)
         self.sender = tx.Sender(self.pool)
         self.receiver = tx.Receiver(self.pool, timeout_s=TIMEOUT_S, max_in_flight=max_in_flight)
         self.bytes: dict[int, object] = {}

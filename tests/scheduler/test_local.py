@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmemserve.kvpool import MemPool
+from jmemserve.kvpool import BlockPool
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.plan import Plan, StepShape, smallest, step_shapes
 from jmemserve.scheduler.sequence import Sequence, State
@@ -73,7 +73,7 @@ class World:
     max_tokens: int
 
     def __post_init__(self) -> None:
-        self.pool = MemPool("a", 1, self.num_blocks, BLOCK)
+        self.pool = BlockPool("a", 1, self.num_blocks, BLOCK)
         self.scheduler = LocalScheduler(self.pool, shapes_of(self.max_seqs, self.max_tokens))
         self.device = Device()
         self.flight: tuple[Plan, list[int]] | None = None
@@ -191,14 +191,14 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
 
 
 def test_padding_is_avoided_where_two_steps_cost_less() -> None:
-    pool = MemPool("a", 1, 400, BLOCK)
+    pool = BlockPool("a", 1, 400, BLOCK)
     scheduler = LocalScheduler(pool, shapes_of(4, 1024))
     scheduler.submit(make_seq(0, [1] * 520, 3))
     first, second = scheduler.plan(0.0), scheduler.plan(0.0)
     assert first is not None and second is not None
     assert [(p.shape.tokens, p.slices[0].length) for p in (first, second)] == [(512, 512), (16, 8)]
     assert not first.slices[0].samples and second.slices[0].samples
-    scheduler = LocalScheduler(MemPool("a", 1, 400, BLOCK), shapes_of(4, 1024))
+    scheduler = LocalScheduler(BlockPool("a", 1, 400, BLOCK), shapes_of(4, 1024))
     scheduler.submit(make_seq(0, [1] * 900, 3))
     whole = scheduler.plan(0.0)
     assert whole is not None and whole.slices[0].length == 900

@@ -1,26 +1,34 @@
 """The transfers that come to one pool.
 
-    ACCEPTED ──Data, landed──▶ READY ──claim──▶ over
+    ACCEPTED ──Data, landed──▶ ... ──Close, and all has landed──▶ over, and done
 
-Until READY nobody can find the blocks that came; a Cancel, an abort, or the deadline ends ACCEPTED, and only the
-deadline or an abort ends READY, where the source was told that it is done.
+Until then nobody can find the blocks that came; a Cancel, an abort, the deadline or a write that failed ends it, and
+the blocks are freed after the last write under way.
 """
 
 import dataclasses
-import enum
-from typing import Any
 
-from jmemserve.errors import PoolFull, TransferError
+from jmemserve.errors import PoolError
 from jmemserve.kvpool.address import BlockAddress
-from jmemserve.kvpool.pool import MemPool
-from jmemserve.kvpool.transfer.messages import Accept, Cancel, Data, Done, Land, Message, Offer, Refuse, Send
+from jmemserve.kvpool.blocks import BlockPool
+from jmemserve.kvpool.transfer.messages import (
+    WHOLE,
+    Accept,
+    Arrived,
+    Cancel,
+    Close,
+    Data,
+    Done,
+    Flags,
+    Land,
+    Landed,
+    Message,
+    Offer,
+    Refuse,
+    Send,
+)
 
 MAX_REMEMBERED = 4096  # transfers whose end is remembered
-
-
-class _State(enum.Enum):
-    ACCEPTED = "accepted"
-    READY = "ready"
 
 
 @dataclasses.dataclass(slots=True)
@@ -29,19 +37,19 @@ class _Incoming:
 
     offer: Offer
     cached: list[BlockAddress]  # found here
-    fresh: list[BlockAddress]  # allocated, in the source's name
+    fresh: list[BlockAddress]  # allocated for it, or named by the source
     deadline: float
-    lacking: set[int]  # positions in the offer whose bytes have not come
-    state: _State = _State.ACCEPTED
-    writing: int = 0  # Land actions without their ``landed``
-    over: bool = False  # ended, but for writes under way: the blocks are freed after the last of them
-    closed: bool = False  # the last Data has come; with nothing to ship it is the empty one
+    came: list[bytearray]  # by part, by place behind the cached ones: has data come for it?
+    lacking: int  # places times parts whose bytes have not come
+    writing: int = 0  # Land actions without their ``landed`` or ``failed``
+    over: bool = False  # ended, but for writes under way
+    private: bytes | None = None  # of the Close
 
 
 class Receiver:
     """The transfers that come to one pool; at most ``max_in_flight`` at a time, others are refused."""
 
-    def __init__(self, pool: MemPool, timeout_s: float = 60.0, max_in_flight: int = 256):
+    def __init__(self, pool: BlockPool, timeout_s: float = 60.0, max_in_flight: int = 256):
         self._pool = pool
         self._timeout_s = timeout_s
         self._max_in_flight = max_in_flight
@@ -49,78 +57,72 @@ class Receiver:
         self._epochs: dict[str, int] = {}  # the newest of each source
         self._ended: dict[str, bool] = {}  # transfer id -> was it done; oldest first
         self.dropped = 0  # messages that were late, doubled, wrong or unknown
-        self.unclaimed = 0  # transfers that were done and that nobody claimed in time
 
     def __len__(self) -> int:
         return len(self._transfers)
 
-    def on(self, message: Message, now: float) -> list[Send | Land]:
+    def by_peer(self) -> dict[str, list[str]]:
+        """The ids of all transfers by source."""
+        ids: dict[str, list[str]] = {}
+        for transfer_id, transfer in self._transfers.items():
+            ids.setdefault(transfer.offer.source, []).append(transfer_id)
+        return ids
+
+    def on(self, message: Message, now: float) -> list[Send | Land | Arrived]:
         """Take a message of a source; returns answers to send and writes to do."""
         match message:
             case Offer():
                 return [*self._on_offer(message, now)]
             case Data():
                 return [*self._on_data(message, now)]
+            case Close():
+                return [*self._on_close(message, now)]
             case Cancel():
                 return [self._on_cancel(message)]
             case _:
                 self.dropped += 1
                 return []
 
-    def landed(self, transfer_id: str, now: float) -> list[Send]:
+    def landed(self, land: Land, now: float) -> list[Send | Arrived]:
         """The bytes of one Land are in place, or ordered before all that could read them.
 
-        After the last, the whole blocks are put into the index; the answer is Done, to be sent once the claimed
-        blocks are in good hands.
+        After the last the whole blocks are put into the index; then Arrived comes before Done, which is to be sent
+        once the blocks that are claimed are in good hands.
         """
-        transfer = self._transfers.get(transfer_id)
-        assert transfer is not None and transfer.writing > 0, f"nothing is being written for transfer {transfer_id}"
-        transfer.writing -= 1
-        if transfer.over:
-            self._free_if_quiet(transfer)
+        transfer = self._written(land.transfer_id)
+        if transfer is None:
             return []
         transfer.deadline = now + self._timeout_s
-        if transfer.writing or transfer.lacking or not transfer.closed:
-            return []
-        offer = transfer.offer
-        if offer.tokens is not None:
-            self._pool.insert(offer.tokens, [*transfer.cached, *transfer.fresh], offer.salt)
-        transfer.state = _State.READY
-        self._remember(transfer_id, True)
-        return [Send(offer.source, Done(transfer_id))]
+        return [Send(land.source, Landed(land.transfer_id, land.start, land.part)), *self._complete(transfer)]
 
-    def claim(self, transfer_id: str) -> tuple[Any, list[BlockAddress]]:
-        """Take over a transfer that is ready: (the offer's private, all blocks in order, held for the caller).
+    def failed(self, land: Land, reason: str) -> list[Send]:
+        """The bytes of one Land did not come, or not as they had left: the transfer ends, alone."""
+        transfer = self._written(land.transfer_id)
+        return self._end(transfer, reason) if transfer is not None else []
 
-        Raises TransferError if it is not ready, or was not claimed in time.
-        """
-        transfer = self._transfers.get(transfer_id)
-        if transfer is None or transfer.state is not _State.READY:
-            raise TransferError(f"transfer {transfer_id} is not ready to be claimed")
-        del self._transfers[transfer_id]
-        self._pool.disown(transfer.fresh, transfer.offer.source)
-        return transfer.offer.private, [*transfer.cached, *transfer.fresh]
+    def renew(self, transfer_ids: tuple[str, ...], peer: str, now: float) -> None:
+        """The source is at work on these."""
+        for transfer_id in transfer_ids:
+            transfer = self._transfers.get(transfer_id)
+            if transfer is not None and transfer.offer.source == peer:
+                transfer.deadline = now + self._timeout_s
 
     def expire(self, now: float) -> list[Send]:
         """End what is past its deadline."""
-        sends = []
-        for transfer in [transfer for transfer in self._transfers.values() if now >= transfer.deadline]:
-            self.unclaimed += transfer.state is _State.READY
-            sends += self._end(transfer, f"nothing came to {self._pool.instance} for {self._timeout_s:g} s")
-        return sends
+        late = [t for t in self._transfers.values() if now >= t.deadline and not t.over]
+        reason = f"nothing came to {self._pool.instance} for {self._timeout_s:g} s"
+        return [send for transfer in late for send in self._end(transfer, reason)]
 
     def abort(self, transfer_id: str) -> list[Send]:
-        """Give a transfer up, whatever its state. An unknown one is nothing to do."""
+        """Give a transfer up. An unknown one is nothing to do."""
         transfer = self._transfers.get(transfer_id)
-        return self._end(transfer, f"aborted at {self._pool.instance}") if transfer is not None else []
+        if transfer is None or transfer.over:
+            return []
+        return self._end(transfer, f"aborted at {self._pool.instance}")
 
     def drop_peer(self, source: str) -> list[str]:
-        """The instance is gone: end every transfer from it that is not ready, and return their ids."""
-        gone = [
-            transfer
-            for transfer in self._transfers.values()
-            if transfer.offer.source == source and transfer.state is not _State.READY
-        ]
+        """The instance is gone: end every transfer from it and return their ids."""
+        gone = [t for t in self._transfers.values() if t.offer.source == source and not t.over]
         for transfer in gone:
             self._end(transfer, "the source is gone")
         return [transfer.offer.transfer_id for transfer in gone]
@@ -137,46 +139,74 @@ class Receiver:
             self.drop_peer(offer.source)
         self._epochs[offer.source] = offer.epoch
         tokens = () if offer.tokens is None else offer.tokens
-        if len(tokens) // pool.block_size > offer.num_blocks:
-            return self._refuse(offer, f"{offer.num_blocks} blocks cannot hold {len(tokens)} tokens")
+        whole, total = len(tokens) // pool.block_size, offer.num_blocks
+        named = len(set(offer.destination))
+        if total < whole or named not in (0, total) or offer.parts < 1:
+            return self._refuse(
+                offer, f"{total} blocks and {named} different addresses do not fit {len(tokens)} tokens"
+            )
         if len(self._transfers) >= self._max_in_flight:
             return self._refuse(offer, f"{self._max_in_flight} transfers are under way to {pool.instance}")
-        with pool.hold(tokens, offer.salt, len(tokens) // pool.block_size) as match:
+        delta = offer.insert and not offer.destination and not offer.flags & Flags.ALL_BLOCKS
+        with pool.hold(tokens, offer.salt, whole if delta else 0, offer.adapter) as match:
             try:
-                fresh = pool.alloc_mem(offer.num_blocks - len(match.addresses), owner=offer.source)
-            except PoolFull as full:
-                return self._refuse(offer, str(full))
+                if offer.destination:
+                    pool.check_owned(offer.destination, offer.source)
+                    pool.share(offer.destination)
+                    fresh = list(offer.destination)
+                else:
+                    lacking = total - len(match.addresses)
+                    fresh = pool.alloc_mem(lacking, offer.flags.medium)
+            except PoolError as error:
+                return self._refuse(offer, str(error))
             cached = match.take()
-        lacking = set(range(len(cached), offer.num_blocks))
-        self._transfers[transfer_id] = _Incoming(offer, cached, fresh, now + self._timeout_s, lacking)
+        came = [bytearray(len(fresh)) for _ in range(offer.parts)]
+        transfer = _Incoming(offer, cached, fresh, now + self._timeout_s, came, len(fresh) * offer.parts)
+        self._transfers[transfer_id] = transfer
         return [Send(offer.source, Accept(transfer_id, offer.epoch, len(cached), (*cached, *fresh)))]
 
     def _on_data(self, data: Data, now: float) -> list[Land]:
         transfer = self._transfers.get(data.transfer_id)
+        if transfer is None or transfer.over or data.epoch != transfer.offer.epoch:
+            self.dropped += 1
+            return []
+        offer, first = transfer.offer, len(transfer.cached)
+        row = 0 if offer.parts == 1 and data.part == WHOLE else data.part
+        if not (first <= data.start < data.stop <= offer.num_blocks and 0 <= row < offer.parts):
+            self.dropped += 1
+            return []
+        start, stop = data.start - first, data.stop - first
+        if any(transfer.came[row][start:stop]):
+            self.dropped += 1
+            return []
+        transfer.came[row][start:stop] = b"\1" * (stop - start)
+        transfer.lacking -= stop - start
+        transfer.writing += 1
+        transfer.deadline = now + self._timeout_s
+        checked = not offer.flags & Flags.NO_CHECKSUM
+        blocks = tuple(transfer.fresh[start:stop])
+        return [Land(data.transfer_id, offer.source, data.start, blocks, data.part, data.ticket, checked)]
+
+    def _on_close(self, close: Close, now: float) -> list[Send | Arrived]:
+        transfer = self._transfers.get(close.transfer_id)
         if (
             transfer is None
             or transfer.over
-            or transfer.closed
-            or data.epoch != transfer.offer.epoch
-            or not len(transfer.cached) <= data.start <= data.stop <= transfer.offer.num_blocks
-            or not transfer.lacking.issuperset(range(data.start, data.stop))
-            or (data.start == data.stop and transfer.lacking)
+            or transfer.private is not None
+            or close.epoch != transfer.offer.epoch
+            or transfer.lacking  # links keep the order of messages: with Close all data has come
         ):
             self.dropped += 1
             return []
-        transfer.lacking.difference_update(range(data.start, data.stop))
-        transfer.closed = not transfer.lacking
-        transfer.writing += 1
+        transfer.private = close.private
         transfer.deadline = now + self._timeout_s
-        first = len(transfer.cached)
-        blocks = tuple(transfer.fresh[data.start - first : data.stop - first])
-        return [Land(data.transfer_id, blocks, data.payload, transfer.closed)]
+        return self._complete(transfer)
 
     def _on_cancel(self, cancel: Cancel) -> Send:
         """Whatever the source meant, to give up or to ask, it learns how the transfer has ended."""
         transfer_id = cancel.transfer_id
         transfer = self._transfers.get(transfer_id)
-        if transfer is not None and transfer.state is not _State.READY and not transfer.over:
+        if transfer is not None and not transfer.over:
             return self._end(transfer, cancel.reason)[0]
         if self._ended.get(transfer_id):
             return Send(cancel.source, Done(transfer_id))
@@ -185,23 +215,51 @@ class Receiver:
 
     # -- endings -----------------------------------------------------------------------------------------------------
 
+    def _written(self, transfer_id: str) -> _Incoming | None:
+        """One Land is over; the transfer, unless it has ended meanwhile."""
+        transfer = self._transfers.get(transfer_id)
+        assert transfer is not None and transfer.writing > 0, f"nothing is being written for transfer {transfer_id}"
+        transfer.writing -= 1
+        if transfer.over:
+            self._free_if_quiet(transfer)
+            return None
+        return transfer
+
+    def _complete(self, transfer: _Incoming) -> list[Send | Arrived]:
+        if transfer.writing or transfer.lacking or transfer.private is None:
+            return []
+        offer, pool = transfer.offer, self._pool
+        blocks = (*transfer.cached, *transfer.fresh)
+        if offer.insert and offer.tokens is not None:
+            try:
+                pool.insert(offer.tokens, blocks, offer.salt, offer.adapter)
+            except PoolError as error:  # the source named blocks that hold other tokens here
+                return [*self._end(transfer, str(error))]
+        del self._transfers[offer.transfer_id]
+        claimed = bool(offer.flags & Flags.CLAIM)
+        if not claimed and not offer.insert and not offer.destination:
+            pool.give(transfer.fresh, offer.source)  # what was only transferred stays allocated for the source
+        elif not claimed:
+            pool.free_mem(blocks)
+        self._remember(offer.transfer_id, True)
+        arrived = Arrived(offer.transfer_id, offer.source, transfer.private, blocks if claimed else (), offer.tokens)
+        return [arrived, Send(offer.source, Done(offer.transfer_id))]
+
     def _refuse(self, offer: Offer, reason: str) -> list[Send]:
         self._remember(offer.transfer_id, False)
         return [Send(offer.source, Refuse(offer.transfer_id, reason))]
 
     def _end(self, transfer: _Incoming, reason: str) -> list[Send]:
-        """End a transfer and tell its source, unless that has had its answer."""
-        told = transfer.over or transfer.state is _State.READY
+        """End a transfer and tell its source."""
         transfer.over = True
         self._free_if_quiet(transfer)
-        return [] if told else self._refuse(transfer.offer, reason)
+        return self._refuse(transfer.offer, reason)
 
     def _free_if_quiet(self, transfer: _Incoming) -> None:
         if transfer.writing:
             return
         del self._transfers[transfer.offer.transfer_id]
-        self._pool.free_mem(transfer.fresh, owner=transfer.offer.source)
-        self._pool.free_mem(transfer.cached)
+        self._pool.free_mem([*transfer.cached, *transfer.fresh])
 
     def _remember(self, transfer_id: str, done: bool) -> None:
         self._ended[transfer_id] = done

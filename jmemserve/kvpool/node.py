@@ -1,0 +1,452 @@
+"""PoolNode: one pool among others. It owns what moves bytes and speaks the transfer protocol with its peers.
+
+    verbs ──▶ BlockPool decides ──▶ Swapper, Shipper: enqueue reads ──▶ workers wait, publish, fetch ──▶ post(...)
+    handle(peer, message) ──▶ Sender, Receiver decide ──▶ Shipper, Lander
+
+Every method is called from one thread, the owner's: an instance's, or that of a ``MemPool``. Workers come back to it
+through ``post``. Nothing here waits; verbs that take time return a future. ``poll`` does what time demands, and needs
+no other traffic to be called.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from jmemserve.errors import CorruptBlock, InvalidTransfer, PoolError, TransferError, UnknownInstance
+from jmemserve.kvpool import transfer as tx
+from jmemserve.kvpool.address import BlockAddress, Medium
+from jmemserve.kvpool.arena import HostArena
+from jmemserve.kvpool.blocks import BlockPool
+from jmemserve.kvpool.landing import Lander
+from jmemserve.kvpool.peers import Peer, Peers
+from jmemserve.kvpool.remote import Remote
+from jmemserve.kvpool.shipping import Shipper
+from jmemserve.kvpool.stats import NodeStats
+from jmemserve.kvpool.store import PageStore
+from jmemserve.kvpool.swapper import Swapper
+from jmemserve.kvpool.swaps import Swap
+from jmemserve.kvpool.transfer import Flags, Granularity
+from jmemserve.kvpool.transports import Transport
+
+TIMEOUT_S = 30.0  # of each state of a transfer without a sign of life
+LEASE_S = 30.0  # of blocks allocated for a peer, without a Renew from it
+WRITE_BACK_BELOW = 0.1  # share of HBM that can be given away without loss; below it copies to DRAM are made ahead
+WRITE_BACK_BLOCKS = 16  # per poll
+
+
+class Transfer:
+    """A transfer on its way. ``result`` gives the addresses at the destination."""
+
+    def __init__(self, transfer_id: str, destination: str):
+        self.transfer_id = transfer_id
+        self.destination = destination
+        self.future: Future[list[BlockAddress]] = Future()
+
+    def done(self) -> bool:
+        """It has ended, well or not."""
+        return self.future.done()
+
+    def result(self, timeout_s: float | None = None) -> list[BlockAddress]:
+        """Wait for its end. Raises TransferError if it failed, TimeoutError if it goes on; never on the owner's thread."""
+        return self.future.result(timeout_s)
+
+
+class PoolNode:
+    """``send(peer, message)`` must not block; ``on_arrival`` gets what comes with a private part or for the owner."""
+
+    def __init__(
+        self,
+        blocks: BlockPool,
+        store: PageStore,
+        arena: HostArena | None,
+        transports: Sequence[Transport],
+        post: Callable[[Callable[[], None]], None],
+        send: Callable[[str, tx.Message], None],
+        on_arrival: Callable[[tx.Arrived], None] = lambda arrived: None,
+        timeout_s: float = TIMEOUT_S,
+        lease_s: float = LEASE_S,
+        granularity: Granularity = Granularity.AUTO,
+        flags: Flags = Flags.NONE,
+    ):
+        self.blocks, self.store, self.arena = blocks, store, arena
+        self.peers = Peers(blocks, store.layout, transports)
+        self.sender = tx.Sender(blocks)
+        self.receiver = tx.Receiver(blocks, timeout_s)
+        self._send, self._on_arrival = send, on_arrival
+        self._timeout_s, self._lease_s = timeout_s, lease_s
+        self._granularity, self._flags = granularity, flags  # of transfers that ask for nothing else
+        self._pools = [ThreadPoolExecutor(2, f"{blocks.instance}-{what}") for what in ("ship", "land", "swap")]
+        ship, land, swap = self._pools
+        self._shipper = Shipper(store, arena, ship, post, self._ticket, self._ship_failed)
+        self._swapper = Swapper(blocks.swaps, store, arena, swap, post)
+        self._lander = Lander(store, arena, land, post, self.flush, self._landed)
+        self._transfers: dict[str, tuple[Transfer, Granularity]] = {}
+        self.remote = Remote(blocks, self.peers, send, timeout_s, lease_s)
+        self._renewed = 0.0
+        self.dropped = self.corrupt = self.failed_transfers = 0
+
+    # -- the paper's verbs ---------------------------------------------------------------------------------------------
+
+    def alloc_mem(
+        self, size: int, medium: Medium = Medium.HBM, instance: str | None = None
+    ) -> Future[list[BlockAddress]]:
+        """Allocate ``size`` blocks here or at a peer, all or nothing (paper 4.1, Table 1).
+
+        The caller owns one reference on each and gives it back with ``free_mem``; at a peer they are on a lease that
+        this node renews by itself. The future raises PoolFull, RemoteRefused or TransferError; UnknownInstance is raised at once.
+        """
+        if instance is not None and instance != self.blocks.instance:
+            return self.remote.alloc(size, medium, instance, time.monotonic())
+        future: Future[list[BlockAddress]] = Future()
+        try:
+            future.set_result(self.blocks.alloc_mem(size, medium))
+        except PoolError as error:
+            future.set_exception(error)
+        return future
+
+    def free_mem(self, addresses: Sequence[BlockAddress]) -> None:
+        """Give back one reference on each address, wherever it lies (paper 4.1). Raises, changing nothing."""
+        mine = [address for address in addresses if address.instance == self.blocks.instance]
+        theirs = [address for address in addresses if address.instance != self.blocks.instance]
+        self.remote.check_free(theirs)
+        self.blocks.free_mem(mine)
+        self.remote.free(theirs)
+
+    def swap_out(self, num_blocks: int) -> Future[int]:
+        """Move up to ``num_blocks`` cached blocks from HBM to DRAM, the least recently used; how many (paper 4.1)."""
+        count = self.blocks.swap_out(num_blocks)
+        return self._when_over(self.blocks.swaps.open_orders() if count else [], count)
+
+    def swap_in(self, addresses: Sequence[BlockAddress]) -> Future[list[BlockAddress]]:
+        """Bring DRAM blocks that the caller holds to HBM; new addresses, the caller's, for the old ones (paper 4.1).
+
+        Raises PoolFull, StaleAddress or ForeignAddress at once, changing nothing. If the bytes turn out to be wrong the
+        future raises CorruptBlock, both ends are given back and the prefix is forgotten.
+        """
+        fresh = self.blocks.swap_in(addresses)
+        return self._when_over(self.blocks.swaps.open_orders()[-1:] if fresh else [], fresh)
+
+    def _when_over[T](self, orders: list[Swap], value: T) -> Future[T]:
+        """A future of ``value`` for when these orders are over."""
+        result: Future[T] = Future()
+
+        def over(error: Exception | None) -> None:
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(value)
+
+        self.when_over(orders, over)
+        self.flush()
+        return result
+
+    def when_over(self, orders: Sequence[Swap], call: Callable[[Exception | None], None]) -> None:
+        """Call back when these orders are over, with the first error among them."""
+        self._swapper.when_over(orders, call)
+
+    def transfer(
+        self,
+        instance: str,
+        source: Sequence[BlockAddress],
+        destination: Sequence[BlockAddress] | None = None,
+        flags: Flags = Flags.NONE,
+        private: bytes | None = b"",
+        granularity: Granularity = Granularity.AUTO,
+        ready: int | None = None,
+    ) -> Transfer:
+        """Copy blocks to an instance (paper 4.3): into ``destination``, allocated there before, or allocated on demand.
+
+        The caller keeps its references on ``source``; what was allocated on demand is the caller's, to be given back
+        with ``free_mem``, unless ``flags`` has CLAIM. ``private`` (at most MAX_PRIVATE bytes) reaches the other
+        owner's ``on_arrival`` unread; None: later, with ``close``. ``ready``: how many of the blocks have their bytes
+        already, the others follow with ``more``. Raises UnknownInstance, InvalidTransfer, StaleAddress or
+        ForeignAddress, changing nothing.
+        """
+        return self._begin(instance, None, False, source, destination, flags, private, granularity, ready, "", "")
+
+    def transfer_with_insert(
+        self,
+        instance: str,
+        tokens: Sequence[int],
+        source: Sequence[BlockAddress],
+        destination: Sequence[BlockAddress] | None = None,
+        flags: Flags = Flags.NONE,
+        private: bytes | None = b"",
+        granularity: Granularity = Granularity.AUTO,
+        ready: int | None = None,
+        salt: str = "",
+        adapter: str = "",
+    ) -> Transfer:
+        """The same, and the destination puts the whole blocks of ``tokens`` into its index before it answers (paper 4.3).
+
+        Only the blocks that it lacks travel, unless ``flags`` has ALL_BLOCKS. They stay cached there, nobody's, unless
+        ``flags`` has CLAIM.
+        """
+        return self._begin(
+            instance, tokens, True, source, destination, flags, private, granularity, ready, salt, adapter
+        )
+
+    def _begin(
+        self,
+        instance: str,
+        tokens: Sequence[int] | None,
+        insert: bool,
+        source: Sequence[BlockAddress],
+        destination: Sequence[BlockAddress] | None,
+        flags: Flags,
+        private: bytes | None,
+        granularity: Granularity,
+        ready: int | None,
+        salt: str,
+        adapter: str,
+    ) -> Transfer:
+        self.peers.get(instance)
+        _check(self.blocks, instance, tokens, source, destination, private, ready)
+        cut = self._cut(granularity)
+        self.blocks.share(source)
+        offer = self.sender.start(
+            destination=instance,
+            tokens=None if tokens is None else tuple(tokens),
+            insert=insert,
+            blocks=list(source),
+            now=time.monotonic(),
+            timeout_s=self._timeout_s,
+            private=private,
+            ready=ready,
+            salt=salt,
+            adapter=adapter,
+            flags=flags | self._flags,
+            parts=2 * self.store.layout.num_layers if cut is Granularity.BY_LAYER else 1,
+            targets=tuple(destination or ()),
+        )
+        moving = Transfer(offer.transfer_id, instance)
+        self._transfers[offer.transfer_id] = moving, cut
+        self._shipper.counts.transfer_calls += offer.parts
+        self._send(instance, offer)
+        return moving
+
+    def _cut(self, wish: Granularity) -> Granularity:
+        """AUTO is the node's own, and by default whole blocks: that measured best (benchmarks/NOTES.md)."""
+        chosen = self._granularity if wish is Granularity.AUTO else wish
+        return Granularity.BY_REQUEST_AGG if chosen is Granularity.AUTO else chosen
+
+    def more(self, transfer_id: str, ready: int) -> None:
+        """The first ``ready`` blocks of a transfer have their bytes now (or are ordered to get them before any read)."""
+        self._do(self.sender.more(transfer_id, ready, time.monotonic()))
+
+    def close_transfer(self, transfer_id: str, private: bytes) -> None:
+        """The private part of a transfer that was begun without it. Raises InvalidTransfer if it is too large."""
+        _check_private(private)
+        self._do(self.sender.close(transfer_id, private, time.monotonic()))
+
+    def abort(self, transfer_id: str) -> None:
+        """Give a transfer up; its future raises TransferError. One that has ended is nothing to do."""
+        self._do(self.sender.abort(transfer_id))
+
+    # -- the device ----------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Enqueue the reads of all swap orders. To be called before anything else writes to the pages."""
+        self._swapper.flush()
+
+    def wait_for_swaps(self) -> Future[None]:
+        """A future for when every swap ordered so far is over; it raises the first thing that went wrong."""
+        return self._when_over(self.blocks.swaps.open_orders(), None)
+
+    # -- peers ---------------------------------------------------------------------------------------------------------
+
+    def hello(self) -> tx.Hello:
+        """What this node says first to every peer."""
+        return self.peers.hello()
+
+    def greet(self, hello: tx.Hello) -> Peer:
+        """Link up with the peer that said this, or raise TransferError with the reason why not.
+
+        A peer that starts anew voids all that its former life had here.
+        """
+        known = self.peers.known(hello.instance)
+        if known is not None and hello.epoch > known.epoch:
+            self.forget_peer(hello.instance)
+        return self.peers.greet(hello)
+
+    def link_lost(self, peer: str) -> None:
+        """Nothing comes from the peer any more: its transfers end now, its allocations with their lease."""
+        self.receiver.drop_peer(peer)
+        self.sender.drop_peer(peer)
+        self.remote.link_lost(peer)
+        self._settle()
+
+    def forget_peer(self, peer: str) -> int:
+        """The peer is dead or has left (membership says so): free all it had here; how many blocks were allocated."""
+        self.link_lost(peer)
+        self.peers.forget(peer)
+        return self.remote.forget(peer)
+
+    def handle(self, peer: str, message: tx.Message) -> None:
+        """Take a message of a peer. One that is late, doubled, or makes no sense is counted and dropped."""
+        now = time.monotonic()
+        known = self.peers.known(peer)
+        if known is None:
+            self.dropped += 1
+            return
+        match message:
+            case tx.Offer() | tx.Data() | tx.Close() | tx.Cancel():
+                if isinstance(message, tx.Offer | tx.Cancel) and message.source != peer:
+                    self.dropped += 1
+                    return
+                self._do(self.receiver.on(message, now))
+            case tx.Accept() | tx.Refuse() | tx.Done() | tx.Landed():
+                if self._transfers.get(message.transfer_id, (None, None))[0] is None:
+                    self.sender.dropped += 1
+                elif self._transfers[message.transfer_id][0].destination == peer:
+                    self._do(self.sender.on(message, now))
+                    if isinstance(message, tx.Landed):
+                        self._shipper.landed(message.transfer_id, message.start, message.part)
+                else:
+                    self.dropped += 1
+            case tx.Renew() if (message.source, message.epoch) == (peer, known.epoch):
+                self.sender.renew(message.transfer_ids, peer, now)
+                self.receiver.renew(message.transfer_ids, peer, now)
+                self.remote.renewed(peer, now)
+            case tx.Allocate() | tx.Free() if (message.source, message.epoch) == (peer, known.epoch):
+                self.remote.on(peer, message, now)
+            case tx.Allocated():
+                self.remote.on(peer, message, now)
+            case _:
+                self.dropped += 1
+
+    def refuse(self, offer: tx.Offer, reason: str) -> None:
+        """Answer an offer with a refusal, for reasons of the owner's own."""
+        self._send_if_known(offer.source, tx.Refuse(offer.transfer_id, reason))
+
+    def poll(self, now: float) -> None:
+        """What time demands: deadlines, leases, renewals, copies to DRAM made ahead. ``now`` as time.monotonic()."""
+        self.blocks.tick(now)
+        self._do([*self.sender.expire(now), *self.receiver.expire(now)])
+        self.remote.expire(now)
+        if now - self._renewed >= min(self._lease_s, self._timeout_s) / 3:
+            self._renewed = now
+            self.remote.renew(self.sender.by_peer(), self.receiver.by_peer())
+        if self.arena is not None and self.blocks.reclaimable < WRITE_BACK_BELOW * self.blocks.capacity:
+            self.blocks.write_back(WRITE_BACK_BLOCKS)
+        self.flush()
+
+    def close(self) -> None:
+        """End the workers and the transports; futures that are open fail."""
+        for transfer_id in list(self._transfers):
+            self.sender.abort(transfer_id, "closed")
+        self.remote.close()
+        self._settle()
+        for transport in self.peers.transports:
+            transport.close()
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def stats(self) -> NodeStats:
+        """Counts for people and metrics."""
+        counts = self._shipper.counts
+        return NodeStats(
+            transfers_out=len(self.sender),
+            transfers_in=len(self.receiver),
+            transfer_calls=counts.transfer_calls,
+            network_calls=counts.network_calls,
+            bytes_out=counts.bytes,
+            bytes_in=self._lander.bytes,
+            dropped=self.dropped + self.remote.dropped + self.sender.dropped + self.receiver.dropped,
+            corrupt=self.corrupt,
+            expired_leases=self.remote.expired,
+            failed=self.failed_transfers,
+            staged_bytes=self._shipper.staged_bytes,
+            swaps=len(self.blocks.swaps),
+        )
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _do(self, work: Sequence[tx.Send | tx.Ship | tx.Land | tx.Arrived]) -> None:
+        """Carry out what the machines ask for, in order, and settle what ended."""
+        for item in work:
+            match item:
+                case tx.Send():
+                    self._send_if_known(item.to, item.message)
+                case tx.Ship():
+                    _, cut = self._transfers[item.transfer_id]
+                    transport = self.peers.get(item.destination).transport
+                    checked = not self.sender.flags(item.transfer_id) & Flags.NO_CHECKSUM
+                    self._shipper.ship(item, transport, cut, checked)
+                case tx.Land():
+                    self._land(item)
+                case tx.Arrived():
+                    self.remote.lease(item.source, time.monotonic())
+                    if item.private or item.blocks:
+                        self._on_arrival(item)
+        self._settle()
+
+    def _send_if_known(self, peer: str, message: tx.Message) -> None:
+        if self.peers.known(peer) is not None:
+            self._send(peer, message)
+
+    def _land(self, land: tx.Land) -> None:
+        try:
+            for address in land.blocks:
+                if address.medium is Medium.DRAM:
+                    self._swapper.forget(address.index)
+            transport, endpoint = self.peers.way(land.source, land.ticket.get("way"))
+            self._lander.land(land, transport, endpoint)
+        except (TransferError, UnknownInstance) as error:
+            self._landed(land, error)
+
+    def _landed(self, land: tx.Land, error: Exception | None) -> None:
+        if error is None:
+            self._do(self.receiver.landed(land, time.monotonic()))
+            return
+        self.corrupt += isinstance(error, CorruptBlock)
+        self._do(self.receiver.failed(land, f"{type(error).__name__}: {error}"))
+
+    def _ticket(self, transfer_id: str, start: int, stop: int, part: int, ticket: dict[str, object]) -> None:
+        self._do(self.sender.data(transfer_id, start, stop, part, ticket, time.monotonic()))
+
+    def _ship_failed(self, transfer_id: str, reason: str) -> None:
+        self._do(self.sender.abort(transfer_id, reason))
+
+    def _settle(self) -> None:
+        """Resolve the futures of transfers that ended."""
+        ended, self.sender.ended = self.sender.ended, []
+        for transfer_id, error, targets, ours in ended:
+            self._shipper.end(transfer_id)
+            moving, _ = self._transfers.pop(transfer_id)
+            if error is None:
+                if ours:
+                    self.remote.got(moving.destination, targets)
+                moving.future.set_result(list(targets))
+            else:
+                self.failed_transfers += 1
+                moving.future.set_exception(TransferError(f"transfer to {moving.destination}: {error}"))
+
+
+def _check_private(private: bytes | None) -> None:
+    if private is not None and len(private) > tx.MAX_PRIVATE:
+        raise InvalidTransfer(f"the private part has {len(private):,} bytes; at most {tx.MAX_PRIVATE:,} travel")
+
+
+def _check(
+    blocks: BlockPool,
+    instance: str,
+    tokens: Sequence[int] | None,
+    source: Sequence[BlockAddress],
+    destination: Sequence[BlockAddress] | None,
+    private: bytes | None,
+    ready: int | None,
+) -> None:
+    """Raise InvalidTransfer for what can never work."""
+    _check_private(private)
+    if not source:
+        raise InvalidTransfer("a transfer needs at least one source address")
+    if tokens is not None and len(tokens) // blocks.block_size > len(source):
+        raise InvalidTransfer(f"{len(tokens)} tokens fill more than the {len(source)} blocks given")
+    if ready is not None and not 0 <= ready <= len(source):
+        raise InvalidTransfer(f"ready={ready} is not within the {len(source)} blocks given")
+    if destination is not None:
+        if len(destination) != len(source):
+            raise InvalidTransfer(f"{len(source)} source addresses need as many destinations, not {len(destination)}")
+        if foreign := next((address for address in destination if address.instance != instance), None):
+            raise InvalidTransfer(f"the destination {foreign} is not at {instance}")

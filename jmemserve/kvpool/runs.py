@@ -1,0 +1,61 @@
+"""What the index is made of: runs of blocks, and the spaces that keep tenants, models and adapters apart."""
+
+import struct
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+
+from jmemserve.kvpool.address import Medium
+from jmemserve.kvpool.eviction import EvictionQueue
+
+TOKEN_BYTES = 4  # token ids are below 2**31
+HBM, DRAM = Medium.HBM, Medium.DRAM
+OF_ALL = (1, 2)  # bits of the eviction queues, by medium
+OF_SPACE = (4, 8)
+DIRTY = 16
+
+
+def pack(tokens: Sequence[int] | np.ndarray, count: int) -> bytes:
+    """The first ``count`` tokens as int32 in native order. Raises struct.error for ids beyond int32."""
+    head = tokens[:count]
+    raw = head.astype(np.int32).tobytes() if isinstance(head, np.ndarray) else struct.pack(f"{len(head)}i", *head)
+    assert len(raw) == count * TOKEN_BYTES, f"{len(tokens)=} < {count=}"
+    return raw
+
+
+class Space:
+    """The prefixes that may meet: those of one model, adapter and cache salt. Counts are blocks in the index."""
+
+    __slots__ = ("counts", "name", "queues", "root")
+
+    def __init__(self, name: bytes):
+        self.name = name
+        self.counts = [0, 0]  # by medium
+        self.queues: list[EvictionQueue[Node]] = [EvictionQueue(bit) for bit in OF_SPACE]
+        self.root = Node(None, self, b"")
+
+
+class Node:
+    """A run of whole blocks below its parent; a root has an empty one."""
+
+    __slots__ = ("alive", "children", "dram", "hbm", "ids", "last_use", "parent", "queued", "run", "space", "used_at")
+
+    def __init__(self, parent: "Node | None", space: Space, run: bytes):
+        self.parent = parent
+        self.space = space
+        self.run = run  # tokens
+        self.hbm: list[int] = []  # block of each, or 0
+        self.dram: list[int] = []  # the same, or minus a block that is on its way; empty if all are 0
+        self.ids: array[int] = array("q")
+        self.children: dict[bytes, Node] = {}  # by the first block's tokens
+        self.last_use = 0
+        self.used_at = 0.0
+        self.queued = 0
+        self.alive = True
+
+
+def block_keys(tokens: Sequence[int] | np.ndarray, block_size: int, num_blocks: int) -> list[bytes]:
+    """The tokens of the first ``num_blocks`` whole blocks, one key each."""
+    raw, step = pack(tokens, num_blocks * block_size), block_size * TOKEN_BYTES
+    return [raw[start : start + step] for start in range(0, len(raw), step)]

@@ -1,0 +1,47 @@
+"""Numbers about a pool, for load reports, metrics and people."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MediumStats:
+    """A momentary view of one medium, in blocks."""
+
+    free: int
+    held: int
+    cached: int
+    capacity: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolStats:
+    """A momentary view of a pool; tokens, evictions and swaps count since its start."""
+
+    hbm: MediumStats
+    dram: MediumStats
+    hit_tokens: int  # found by ``match``
+    dram_hit_tokens: int  # of these, found in DRAM
+    query_tokens: int  # asked of ``match``
+    evictions: int  # cached copies dropped to make room
+    swapped_out: int  # blocks whose bytes came to DRAM
+    swapped_in: int  # blocks whose bytes came back to HBM
+    prefix_blocks: int  # blocks of tokens in the index, wherever their copies are
+    runs: int  # nodes of the index
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NodeStats:
+    """What a node has moved; all but the first two and the last two count since its start."""
+
+    transfers_out: int
+    transfers_in: int
+    transfer_calls: int  # transfers times parts (paper section 4)
+    network_calls: int  # contiguous runs of bytes handed to a transport
+    bytes_out: int
+    bytes_in: int
+    dropped: int  # messages that were late, doubled, unknown or wrong
+    corrupt: int  # pieces whose checksums differed
+    expired_leases: int  # blocks freed because nobody renewed their lease
+    failed: int  # transfers from here that ended without success
+    staged_bytes: int  # published and not yet landed
+    swaps: int  # orders under way
