@@ -92,6 +92,7 @@ class Driver:
         number = len(self.outputs)
         outputs = [self.submit(f"g{number + i}", p, q) for i, (p, q) in enumerate(zip(prompts, many, strict=True))]
         self.finish(*outputs)
+        assert self.cluster.failure is None, repr(self.cluster.failure)
         return [output.tokens for output in outputs]
 
     def assert_nothing_held(self) -> None:

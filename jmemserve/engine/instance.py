@@ -297,5 +297,6 @@ class Instance:
             raise
         seq.stamps.adopted = time.monotonic()
         self.scheduler.adopt(seq, list(arrived.blocks), len(arrived.tokens or ()))
+        self._swap()
         if not self._was_aborted(seq):
             self._by_id[seq.request.id] = seq

@@ -98,15 +98,25 @@ def scatter_part(pages: jax.Array, indices: jax.Array, blocks: jax.Array, *part:
 # -- checksums ---------------------------------------------------------------------------------------------------------
 
 _MULTIPLIER = 0x9E3779B1
+_ROW = 512  # words; on the host a block is summed by rows and by columns
+
+
+def _weights(place: jax.Array | np.ndarray):
+    """An odd number for every place of a 32-bit word in a block: one term by row, one by column."""
+    return (place % _ROW * np.uint32(_MULTIPLIER) | np.uint32(1)) + place // _ROW * np.uint32(2 * _MULTIPLIER % 2**32)
 
 
 def block_checksums(blocks: jax.Array, first_head: jax.Array, num_heads: int) -> jax.Array:
-    """Sum over all values of a block of (their raw bits * an odd number that depends on the place), mod 2**32.
+    """Sum over all 32-bit words of a block of (word * an odd number that depends on its place), mod 2**32.
 
     blocks: [n, ..., K', C, H], the kv heads first_head .. first_head + K' of num_heads; -> u32[n]. Sums of the shards
     of a block add up to that of the block, so no device needs to hear from another.
     """
-    inner = blocks.shape[1:]
+    per_word = 4 // blocks.dtype.itemsize
+    shape = (*blocks.shape[:-1], blocks.shape[-1] // per_word)
+    grouped = blocks.reshape(*shape, per_word) if per_word > 1 else blocks
+    words = jax.lax.bitcast_convert_type(grouped, jnp.uint32)
+    inner = words.shape[1:]
     place, stride = jnp.zeros(inner, jnp.uint32), 1
     for axis in reversed(range(len(inner))):
         steps = jax.lax.broadcasted_iota(jnp.uint32, inner, axis)
@@ -114,22 +124,18 @@ def block_checksums(blocks: jax.Array, first_head: jax.Array, num_heads: int) ->
             steps = steps + first_head.astype(jnp.uint32)
         place = place + steps * jnp.uint32(stride)
         stride *= num_heads if axis == len(inner) - 3 else inner[axis]
-    weights = place * jnp.uint32(_MULTIPLIER) | jnp.uint32(1)
-    bits = jax.lax.bitcast_convert_type(blocks, jnp.dtype(f"uint{8 * blocks.dtype.itemsize}"))
-    return jnp.sum(bits.astype(jnp.uint32) * weights[None], axis=tuple(range(1, blocks.ndim)), dtype=jnp.uint32)
+    return jnp.sum(words * _weights(place)[None], axis=tuple(range(1, words.ndim)), dtype=jnp.uint32)
 
 
 def host_checksums(blocks: np.ndarray) -> np.ndarray:
     """The same for whole blocks on the host: [n, ..., K, C, H] -> u32[n]."""
-    num, size = blocks.shape[0], int(np.prod(blocks.shape[1:]))
-    bits = np.ascontiguousarray(blocks).view(f"u{blocks.dtype.itemsize}").reshape(num, size)
-    sums = np.zeros(num, np.uint32)
-    step = 1 << 14  # values at a time: the products stay in cache
-    product = np.empty(min(step, size), np.uint32)
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        weights = np.arange(start, stop, dtype=np.uint32) * np.uint32(_MULTIPLIER) | np.uint32(1)
-        for block in range(num):
-            part = np.multiply(bits[block, start:stop], weights, out=product[: stop - start], dtype=np.uint32)
-            sums[block] += part.sum(dtype=np.uint32)
+    sums = np.zeros(len(blocks), np.uint32)
+    for number, block in enumerate(blocks):
+        words = np.ascontiguousarray(block).reshape(-1).view(np.uint32)
+        whole = len(words) // _ROW * _ROW
+        rows, rest = words[:whole].reshape(-1, _ROW), words[whole:]
+        by_column = rows.sum(0, dtype=np.uint32) * _weights(np.arange(_ROW, dtype=np.uint32))
+        by_row = rows.sum(1, dtype=np.uint32) * (np.arange(len(rows), dtype=np.uint32) * np.uint32(2 * _MULTIPLIER % 2**32))
+        last = rest * _weights(np.arange(whole, len(words), dtype=np.uint32))
+        sums[number] = sum(int(part.sum(dtype=np.uint32)) for part in (by_column, by_row, last)) % 2**32
     return sums

@@ -61,9 +61,14 @@ def check(index: TokenIndex) -> tuple[set[int], set[int]]:
 
 
 def _check_queued(index: TokenIndex, node: Node) -> None:
-    """A run whose last copy could be given up waits in the queue of that medium."""
+    """A run whose last copy could be given up waits in the queue of that medium, or for a copy to be written back."""
     last = len(node.ids) - 1
     for medium, copies, others, sign in ((HBM, node.hbm, node.dram, 1), (DRAM, node.dram, node.hbm, -1)):
         block = copies[last] if copies else 0
         if block > 0 and not index.is_held(sign * block) and (not node.children or (others and others[last])):
             assert node in index.queues[medium], f"{medium.name} block {block} could be evicted but is not queued"
+            if index.quota is not None:
+                assert node in node.space.queues[medium], f"{medium.name} block {block} is not queued in its space"
+    if index.tables[DRAM][1:] and node not in index.dirty_runs:
+        for block, dram in itertools.zip_longest(node.hbm, node.dram, fillvalue=0):
+            assert not block or dram or index.is_held(block), f"HBM block {block} could be written back but is not queued"

@@ -172,6 +172,10 @@ class BlockPool:
             raise InvalidAddresses(f"a block of {addresses} is given twice or is somebody's by name already")
         self._owners.add(locations, owner)
 
+    def require_held(self, addresses: Sequence[BlockAddress]) -> None:
+        """Raise StaleAddress or ForeignAddress unless somebody holds each of these blocks."""
+        self._all_live(addresses)
+
     def share(self, addresses: Sequence[BlockAddress]) -> None:
         """Add one reference, the caller's, to each of these held blocks. Raises StaleAddress or ForeignAddress."""
         locations = self._all_live(addresses)
@@ -213,17 +217,16 @@ class BlockPool:
         locations = self._all_live(addresses[:count])
         index, space = self._index, self.space(salt, adapter)
         index.clock += 1
-        if self._index.quota is not None:
-            locations = self._within_quota(tokens, locations, space)
-            start, count = 0, len(locations)
-        if count == 0:
-            return []
-        if 0 < start < count:
+        if 0 < start < count and index.quota is None:
             tail = pack(tokens[start * size : count * size], (count - start) * size)
             if index.insert_after(locations[start - 1], tail, space, locations[start:]):
                 return []
+        raw = pack(tokens, count * size)
         try:
-            duplicates = index.insert(pack(tokens, count * size), space, locations)
+            if index.quota is not None:
+                index.validate(raw, space, locations)
+                locations = self._within_quota(raw, locations, space)
+            duplicates = index.insert(raw, space, locations) if locations else []
         except ValueError as error:
             raise InvalidAddresses(str(error)) from None
         return [addresses[place] for place in duplicates]
@@ -308,7 +311,8 @@ class BlockPool:
 
     def swap_out(self, num_blocks: int) -> int:
         """Free up to ``num_blocks`` of HBM without losing what is cached: the pool chooses unheld blocks, the least
-        recently used first (paper 4.1). Returns how many; the copies that this takes are in ``swaps``."""
+        recently used first (paper 4.1); in a full DRAM the oldest unheld copies make way for theirs. Returns how many;
+        the copies that this takes are in ``swaps``."""
         return len(self._evict(HBM, num_blocks, lossless=True))
 
     def write_back(self, num_blocks: int) -> int:
@@ -320,8 +324,8 @@ class BlockPool:
     def swap_in(self, addresses: Sequence[BlockAddress]) -> list[BlockAddress]:
         """Order copies of DRAM blocks, which the caller holds, in new HBM blocks, which the caller owns from now on.
 
-        When the bytes have arrived (``Swap.done``) the index points to the HBM copies too, and the caller's references
-        on the DRAM blocks are given back: they stay cached. Raises PoolFull, StaleAddress or ForeignAddress, changing
+        When the bytes have arrived (``swaps.done``) the index points to the HBM copies too, and the caller's references
+        on the DRAM blocks are given back: they stay cached. Until then he can free neither. Raises PoolFull, StaleAddress or ForeignAddress, changing
         nothing.
         """
         blocks = [self._ledgers[DRAM].live(address) for address in addresses]
@@ -378,9 +382,9 @@ class BlockPool:
             for location, count in Counter(locations).items():
                 if self._owners.owner(location) != owner or count > 1:
                     raise StaleAddress(f"{self._address(location)} is not held by {owner!r} {count} times")
-        elif self._owners or len(set(locations)) < len(locations):
+        elif self._owners or self.swaps.inbound or len(set(locations)) < len(locations):
             for location, count in Counter(locations).items():
-                anonymous = self._refs(location) - (location in self._owners)
+                anonymous = self._refs(location) - (location in self._owners) - self.swaps.inbound.get(location, 0)
                 if count > anonymous:
                     raise StaleAddress(f"{self._address(location)} is freed {count} times but held {anonymous} times")
         return locations
@@ -430,12 +434,16 @@ class BlockPool:
 
     def _evict(self, medium: Medium, n: int, lossless: bool = False) -> list[int]:
         """Take up to n unheld copies out of a medium; what is in HBM only goes to DRAM if there is room for it."""
-        if medium is HBM and (wanted := self.swaps.room_to_spill(n)) > (free := self._ledgers[DRAM].num_free):
-            self._evict(DRAM, wanted - free)
         before = self.swaps.spilled
-        gone = self._take(medium, self._index.evict(medium, n, self.swaps.spill, lossless))
+        gone = self._take(medium, self._index.evict(medium, n, self._spill, lossless))
         self._evictions -= self.swaps.spilled - before
         return gone
+
+    def _spill(self, block: int) -> int:
+        """Where the bytes of an HBM block go that is about to be given away: for it, the oldest in DRAM makes way."""
+        if not self._ledgers[DRAM].free_list and self.swaps.room_to_spill(1):
+            self._take(DRAM, self._index.evict(DRAM, 1, self._spill))
+        return self.swaps.spill(block)
 
     def _take(self, medium: Medium, gone: list[int]) -> list[int]:
         """Unheld copies left the index: their blocks become free."""
@@ -444,11 +452,10 @@ class BlockPool:
         self._evictions += len(gone)
         return gone
 
-    def _within_quota(self, tokens: Tokens, locations: list[int], name: bytes) -> list[int]:
+    def _within_quota(self, raw: bytes, locations: list[int], name: bytes) -> list[int]:
         """The start of the prefix that the tenant's quota lets in, after its own oldest blocks made way."""
         quota = self._index.quota
         assert quota is not None
-        raw = pack(tokens, len(locations) * self.block_size)
         for medium, limit in zip((HBM, DRAM), quota, strict=True):
             if limit is None:
                 continue

@@ -41,10 +41,11 @@ class TokenIndex:
         self.spaces: dict[bytes, Space] = {}  # none is empty
         self.tables: list[list[Node | None]] = [[None] * (capacity + 1) for capacity in capacities]  # by medium, block
         self.queues: list[EvictionQueue[Node]] = [EvictionQueue(bit) for bit in OF_ALL]
-        self._dirty: EvictionQueue[Node] = EvictionQueue(DIRTY)  # may have blocks in HBM without a copy in DRAM
+        self.dirty_runs: EvictionQueue[Node] = EvictionQueue(DIRTY)  # may have blocks in HBM without a copy in DRAM
         self._has_dram = capacities[DRAM] > 0
         self._ids = itertools.count(START + 1)
         self.clock = 0  # of uses; raised once per call of the pool
+        self._shrinking: Node | None = None  # by a call of ``evict`` that spills
         self.now = 0.0  # in seconds, set by the pool's owner; only for people
         self.both = 0  # blocks with a copy in either medium
         self.num_blocks = 0  # prefixes of whole blocks, wherever their copies are
@@ -123,6 +124,10 @@ class TokenIndex:
         if done < len(locations):
             self._extend(path, raw[done * self.step : len(locations) * self.step], space, locations[done:])
         return duplicates
+
+    def validate(self, raw: bytes, space: bytes, locations: Sequence[int]) -> None:
+        """Raise ValueError if ``insert`` would."""
+        self._check_new(self._walk(raw, space, len(locations)), locations)
 
     def _check_new(self, path: list[tuple[Node, int]], locations: Sequence[int]) -> None:
         """No location may stand for two prefixes."""
@@ -241,12 +246,15 @@ class TokenIndex:
         """The bytes of this HBM block are on their way to this DRAM block."""
         node = self.tables[HBM][block]
         assert node is not None, f"HBM block {block} is not in the index"
-        place = node.hbm.index(block)
+        self._expect(node, node.hbm.index(block), dram)
+
+    def _expect(self, node: Node, place: int, dram: int) -> None:
         if not node.dram:
             node.dram = [0] * len(node.hbm)
-        assert node.dram[place] == 0, f"HBM block {block} has the DRAM copy {node.dram[place]}"
+        assert node.dram[place] == 0, f"HBM block {node.hbm[place]} has the DRAM copy {node.dram[place]}"
         node.dram[place] = -dram
         self.tables[DRAM][dram] = node
+        self._offer(node)  # the copy in HBM may go now, whatever continues it
 
     def arrived(self, dram: int) -> list[int]:
         """The bytes of a DRAM block that was expected are in place.
@@ -310,13 +318,16 @@ class TokenIndex:
         """Take up to n unheld copies out of a medium, least recently used first, ends of prefixes first.
 
         For a block in HBM that has no other copy, ``spill(block)`` may name the DRAM block where its bytes go; with 0
-        it can only leave at the end of a prefix, and not at all if ``lossless``. Returns the locations.
+        it can only leave at the end of a prefix, and not at all if ``lossless``. ``spill`` may evict from DRAM for
+        that. Returns the locations.
         """
         gone: list[int] = []
         kept: list[Node] = []
         queue = self.queues[medium] if space is None else space.queues[medium]
         while len(gone) < n and (node := queue.pop()) is not None:
-            if self._shrink(node, medium, n - len(gone), gone, spill, lossless) and node.alive:
+            if node is self._shrinking:
+                kept.append(node)
+            elif self._shrink(node, medium, n - len(gone), gone, spill, lossless) and node.alive:
                 queue.offer(node)
             elif lossless:
                 kept.append(node)  # another call may lose what this one must not
@@ -341,9 +352,13 @@ class TokenIndex:
             if self.is_held(sign * block):
                 break
             if not (others and others[place]):
-                dram = spill(block) if medium is HBM else 0
+                dram = 0
+                if medium is HBM:
+                    self._shrinking = node
+                    dram = spill(block)
+                    self._shrinking = None
                 if dram:
-                    self.expect(block, dram)
+                    self._expect(node, place, dram)
                     others = node.dram
                 elif lossless or node.children or place != end - 1:
                     break
@@ -362,7 +377,7 @@ class TokenIndex:
         if end < len(node.ids):
             self._cut(node, end)
         elif medium is DRAM and dropped:
-            self._dirty.offer(node)
+            self.dirty_runs.offer(node)
         return taken == n
 
     def _cut(self, node: Node, place: int) -> None:
@@ -466,7 +481,7 @@ class TokenIndex:
         self.queues[HBM].offer(node)
         if self._has_dram:
             self.queues[DRAM].offer(node)
-            self._dirty.offer(node)
+            self.dirty_runs.offer(node)
         if self.quota is not None:
             for queue in node.space.queues:
                 queue.offer(node)
@@ -474,13 +489,13 @@ class TokenIndex:
     def dirty(self, n: int) -> list[int]:
         """Up to n unheld HBM blocks without a copy in DRAM, least recently used first."""
         found: list[int] = []
-        while len(found) < n and (node := self._dirty.pop()) is not None:
+        while len(found) < n and (node := self.dirty_runs.pop()) is not None:
             for place in range(len(node.hbm) - 1, -1, -1):
                 block = node.hbm[place]
                 if block and not (node.dram and node.dram[place]) and not self.is_held(block):
                     found.append(block)
                     if len(found) == n:
-                        self._dirty.offer(node)
+                        self.dirty_runs.offer(node)
                         break
         return found
 

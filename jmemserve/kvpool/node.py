@@ -9,13 +9,15 @@ no other traffic to be called.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from jmemserve.errors import CorruptBlock, InvalidTransfer, PoolError, TransferError, UnknownInstance
+import numpy as np
+
+from jmemserve.errors import CorruptBlock, InvalidAddresses, InvalidTransfer, PoolError, TransferError, UnknownInstance
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.address import BlockAddress, Medium
-from jmemserve.kvpool.arena import HostArena
+from jmemserve.kvpool.arena import HostArena, aligned_empty
 from jmemserve.kvpool.blocks import BlockPool
 from jmemserve.kvpool.landing import Lander
 from jmemserve.kvpool.peers import Peer, Peers
@@ -69,7 +71,7 @@ class PoolNode:
         flags: Flags = Flags.NONE,
     ):
         self.blocks, self.store, self.arena = blocks, store, arena
-        self.peers = Peers(blocks, store.layout, transports)
+        self.peers = Peers(blocks, store, transports)
         self.sender = tx.Sender(blocks)
         self.receiver = tx.Receiver(blocks, timeout_s)
         self._send, self._on_arrival = send, on_arrival
@@ -253,6 +255,49 @@ class PoolNode:
         """A future for when every swap ordered so far is over; it raises the first thing that went wrong."""
         return self._when_over(self.blocks.swaps.open_orders(), None)
 
+    def write(self, addresses: Sequence[BlockAddress], blocks: np.ndarray) -> None:
+        """Put bytes into blocks that the caller holds: [n, L, 2, K, C, H]. Waits for host memory, not for the device.
+
+        Raises StaleAddress, ForeignAddress or InvalidAddresses, changing nothing.
+        """
+        self.blocks.require_held(addresses)
+        if blocks.shape != (len(addresses), *self.store.layout.page_shape) or blocks.dtype != self.store.layout.dtype:
+            kind = f"{blocks.dtype}{list(blocks.shape)}"
+            raise InvalidAddresses(f"{len(addresses)} blocks of {self.store.layout} cannot hold {kind}")
+        self.flush()
+        for medium, places in self._by_medium(addresses):
+            numbers = [addresses[place].index for place in places]
+            if medium is Medium.HBM:
+                self.store.scatter(numbers, self.store.to_device(blocks[places]))
+            else:
+                assert self.arena is not None, "a block in DRAM without an arena"
+                self._swapper.forget(numbers)
+                self.arena.write(numbers, blocks[places])
+
+    def read(self, addresses: Sequence[BlockAddress]) -> np.ndarray:
+        """A copy of the bytes of blocks that the caller holds: [n, L, 2, K, C, H]. Waits for the device.
+
+        Raises StaleAddress or ForeignAddress.
+        """
+        self.blocks.require_held(addresses)
+        out = aligned_empty((len(addresses), *self.store.layout.page_shape), self.store.layout.dtype)
+        for medium, places in self._by_medium(addresses):
+            numbers = [addresses[place].index for place in places]
+            if medium is Medium.HBM:
+                out[places] = np.asarray(self.store.gather(numbers))
+            else:
+                assert self.arena is not None, "a block in DRAM without an arena"
+                for place, block in zip(places, self.arena.slots_of(numbers), strict=True):
+                    out[place] = block
+        return out
+
+    def _by_medium(self, addresses: Sequence[BlockAddress]) -> Iterator[tuple[Medium, list[int]]]:
+        """Places of blocks of one medium, as many as the store moves at once."""
+        for medium in (Medium.HBM, Medium.DRAM):
+            places = [place for place, address in enumerate(addresses) if address.medium is medium]
+            for start, stop in self.store.cuts(len(places)):
+                yield medium, places[start:stop]
+
     # -- peers ---------------------------------------------------------------------------------------------------------
 
     def hello(self) -> tx.Hello:
@@ -387,9 +432,7 @@ class PoolNode:
 
     def _land(self, land: tx.Land) -> None:
         try:
-            for address in land.blocks:
-                if address.medium is Medium.DRAM:
-                    self._swapper.forget(address.index)
+            self._swapper.forget(address.index for address in land.blocks if address.medium is Medium.DRAM)
             transport, endpoint = self.peers.way(land.source, land.ticket.get("way"))
             self._lander.land(land, transport, endpoint)
         except (TransferError, UnknownInstance) as error:

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jmemserve.errors import TransferError, UnknownInstance
-from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.blocks import BlockPool
+from jmemserve.kvpool.store import PageStore
 from jmemserve.kvpool.transports import Transport, choose
 
 
@@ -24,12 +24,12 @@ class Peer:
 class Peers:
     """The linked instances by name. Two instances can link if blocks and models are alike and a transport is common."""
 
-    def __init__(self, blocks: BlockPool, layout: PageLayout, transports: Sequence[Transport]):
+    def __init__(self, blocks: BlockPool, store: PageStore, transports: Sequence[Transport]):
         self.transports = list(transports)
         self._blocks = blocks
-        kinds = dataclasses.asdict(layout)
-        kinds.pop("aggregated", None)  # how pages lie in memory is each side's own affair
-        self._schema = ", ".join(f"{name}={value}" for name, value in kinds.items()) + f", model={blocks.model}"
+        kinds = dataclasses.asdict(store.layout) | {"checksums": store.checksum_kind, "model": blocks.model}
+        kinds.pop("aggregated")  # how pages lie in memory is each side's own affair
+        self._schema = ", ".join(f"{name}={value}" for name, value in kinds.items())
         self._peers: dict[str, Peer] = {}
 
     def hello(self) -> tx.Hello:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jmemserve.errors import Unavailable
+from jmemserve.errors import TransferError, Unavailable
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.address import BlockAddress, Medium
@@ -242,10 +242,21 @@ class MemPool:
         self._take(peer, raw)
 
     def _take(self, peer: str, raw: bytes) -> None:
-        self._inbox.put(lambda: self.node.handle_bytes(peer, raw, MESSAGES.decode))
+        def handle() -> None:
+            try:
+                message = MESSAGES.decode(raw)
+            except TransferError:
+                self.node.dropped += 1
+                return
+            self.node.handle(peer, message)
+
+        self._inbox.put(handle)
 
     def _send(self, peer: str, message: tx.Message) -> None:
-        self.node.guarded_send(peer, lambda: self._routes[peer](MESSAGES.encode(message)))
+        try:
+            self._routes[peer](MESSAGES.encode(message))
+        except TransferError:  # the link is down, and says so in its own time
+            self.node.dropped += 1
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 

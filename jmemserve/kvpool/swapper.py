@@ -56,6 +56,8 @@ class Swapper:
     def when_over(self, swaps: Iterable[Swap], call: Callable[[Exception | None], None]) -> None:
         """Call when all these orders are over, with the first error among them."""
         waiting = _Waiting({swap.number for swap in swaps}, call)
+        known = {swap.number for swap in self._swaps.open_orders()}
+        assert waiting.numbers <= known, f"orders {waiting.numbers - known} are over: ask before the owner does more"
         if waiting.numbers:
             self._waiting.append(waiting)
         else:
@@ -105,9 +107,10 @@ class Swapper:
         self._store.scatter(hbm, piece)
         self._over(swap, None)
 
-    def forget(self, dram: int) -> None:
-        """Other bytes are written to this DRAM block."""
-        self._sums.pop(dram, None)
+    def forget(self, dram: Iterable[int]) -> None:
+        """Other bytes are written to these DRAM blocks."""
+        for block in dram:
+            self._sums.pop(block, None)
 
     def _over(self, swap: Swap, error: Exception | None) -> None:
         """One piece of an order is over."""

@@ -8,6 +8,7 @@ the bytes are read first because the read is enqueued first.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 
 from jmemserve.kvpool.address import Medium
@@ -37,6 +38,7 @@ class Swaps:
         self._spills: list[tuple[int, int]] = []  # (HBM block, DRAM block), not yet in an order
         self._orders: list[Swap] = []  # not yet taken
         self._open: dict[int, Swap] = {}  # not yet over
+        self.inbound: Counter[int] = Counter()  # references on both ends of orders to HBM, which nobody can free
         self._number = 0
         self._going_out = 0
         self.enabled = True  # False: it costs less to compute again, so nothing goes to DRAM by itself
@@ -77,6 +79,7 @@ class Swaps:
     def swap_in(self, dram: list[int], hbm: list[int]) -> Swap:
         """Order copies of held DRAM blocks in held HBM blocks."""
         self._flush_spills()  # they may still have to read these HBM blocks
+        self.inbound.update([*hbm, *(-block for block in dram)])
         return self._order(False, tuple(hbm), tuple(dram))
 
     def open_orders(self) -> list[Swap]:
@@ -123,6 +126,10 @@ class Swaps:
         """Assert that every DRAM block of an order is held."""
         pending = [dram for _, dram in self._spills] + [dram for swap in self._open.values() for dram in swap.dram]
         assert all(self._dram.refs[dram] > 0 for dram in pending), f"an order's DRAM block is not held: {pending}"
+        inbound = Counter(b for swap in self._open.values() if not swap.out for b in swap.hbm)
+        inbound.update(-b for swap in self._open.values() if not swap.out for b in swap.dram)
+        assert inbound == self.inbound, f"{inbound=} != {self.inbound=}"
+        assert all(self._hbm.refs[b] > 0 for b in inbound if b > 0), f"an order's HBM block is not held: {inbound}"
         going = len(self._spills) + sum(len(swap.dram) for swap in self._open.values() if swap.out)
         assert going == self._going_out, f"{going=} != {self._going_out=}"
 
@@ -150,3 +157,8 @@ class Swaps:
         assert found is swap, f"{swap} is over or was never ordered"
         if swap.out:
             self._going_out -= len(swap.dram)
+            return
+        for location in (*swap.hbm, *(-block for block in swap.dram)):
+            self.inbound[location] -= 1
+            if not self.inbound[location]:
+                del self.inbound[location]

@@ -260,10 +260,14 @@ class LocalScheduler:
     def _start(self, seq: Sequence) -> None:
         """A sequence with its first blocks runs, after those of them that lie in DRAM were swapped in."""
         in_dram = [place for place, block in enumerate(seq.blocks) if block.medium is Medium.DRAM]
-        if in_dram:
-            fresh = self.pool.swap_in([seq.blocks[place] for place in in_dram])
-            for place, block in zip(in_dram, fresh, strict=True):
-                seq.blocks[place] = block
+        if len(in_dram) > self.pool.room():  # only for one that was adopted: compute again from the first of them
+            self.pool.free_mem(seq.blocks[in_dram[0] :])
+            del seq.blocks[in_dram[0] :]
+            seq.computed = seq.landed = in_dram[0] * self.pool.block_size
+            seq.indexed, in_dram = in_dram[0], []
+        fresh = self.pool.swap_in([seq.blocks[place] for place in in_dram])
+        for place, block in zip(in_dram, fresh, strict=True):
+            seq.blocks[place] = block
         seq.table = [block.index for block in seq.blocks]
         if in_dram:
             seq.state = State.LOADING

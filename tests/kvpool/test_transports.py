@@ -267,7 +267,18 @@ def _corrupt_jax(pair, slots, patch):
     patch.setattr(Puller, "pull", flipped)
 
 
-CORRUPT = {"local": _corrupt_local, "jax": _corrupt_jax}
+def _corrupt_shm(pair, slots, patch):
+    memory = pair.source._way._memory
+    place = memory.tobytes().index(slots[2].tobytes())
+    memory[place] ^= 1
+
+
+CORRUPT = {
+    "local": _corrupt_local,
+    "jax": _corrupt_jax,
+    "staged-shm": _corrupt_shm,
+    "staged-tcp": _corrupt_local,  # what is published is sent from where it lies
+}
 
 
 def test_frames_are_counted_at_both_ends(pair):

@@ -12,8 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from jmemserve.kvpool.transports.jax_server import JaxServer, JaxTransport
 from jmemserve.kvpool.transports.local import LocalExchange, LocalTransport
+from jmemserve.kvpool.transports.staged import staged_shm, staged_tcp
 
 L, K, C, H = 2, 4, 4, 8  # layers, kv heads, tokens per block, head dim
+SECRET = b"of the tests"
 NAMES = ("local", "jax", "staged-shm", "staged-tcp")
 
 
@@ -29,6 +31,10 @@ def make_transport(name: str) -> Any:
         return LocalTransport(_exchange(), checksums)
     if name == "jax":
         return JaxTransport(_server(), jax.devices()[-1], checksums)
+    if name == "staged-shm":
+        return staged_shm(SECRET, 1 << 20)
+    if name == "staged-tcp":
+        return staged_tcp(SECRET)
     raise LookupError(name)
 
 
