@@ -22,7 +22,7 @@ from jmemserve.server import jmemserve_pb2_grpc as pb_grpc
 from jmemserve.server import wire
 from jmemserve.server.messages import Delta, Finished, Message, Output, fold
 from jmemserve.server.status import error_of
-from jmemserve.types import InstanceLoad, SamplingParams
+from jmemserve.types import InstanceLoad, PoolReport, SamplingParams
 
 __all__ = ["AsyncClient", "Client", "Delta", "Finished", "Message", "Output", "Prompt"]
 
@@ -131,6 +131,11 @@ class Client:
         """The load of every instance; empty while loading."""
         with _errors():
             return [wire.load_from_wire(load) for load in self._control.GetLoad(pb.GetLoadRequest()).instances]
+
+    def pools(self) -> list[PoolReport]:
+        """The memory pool of every instance; empty while loading."""
+        with _errors():
+            return [wire.pool_from_wire(pool) for pool in self._control.GetPool(pb.GetPoolRequest()).pools]
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix that no request holds."""

@@ -198,3 +198,46 @@ class InstanceLoad:
     steps: int
     preemptions: int
     compiles_after_warmup: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MediumReport:
+    """One medium of a pool, in blocks."""
+
+    medium: str  # HBM or DRAM
+    capacity: int = 0
+    free: int = 0
+    held: int = 0
+    cached: int = 0
+    bytes: int = 0  # of all blocks together
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolReport:
+    """Everything about one instance's pool that a person may want to see; counts are since the start."""
+
+    instance: str
+    media: tuple[MediumReport, ...] = ()
+    query_tokens: int = 0  # looked up
+    hit_tokens: int = 0  # found
+    dram_hit_tokens: int = 0  # of these, found in DRAM
+    evictions: int = 0  # cached copies dropped to make room
+    swapped_out: int = 0  # blocks
+    swapped_in: int = 0  # blocks
+    prefix_blocks: int = 0  # cached now, wherever their copies are
+    runs: int = 0  # nodes of the index
+    transfers_out: int = 0  # under way
+    transfers_in: int = 0  # under way
+    transfer_calls: int = 0
+    network_calls: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    dropped: int = 0  # messages that were late, doubled or unknown
+    corrupt: int = 0  # pieces whose bytes came otherwise than they left
+    expired_leases: int = 0  # blocks freed because nobody renewed their lease
+    failed_transfers: int = 0
+    swaps: int = 0  # orders under way
+    last_event: int = 0  # number of the newest event of the cache
+    peers: tuple[tuple[str, str], ...] = ()  # (instance, how blocks come from it)
+    leases: tuple[tuple[str, int, float], ...] = ()  # (instance, blocks it has here, seconds left)
+    oldest: tuple[tuple[float, int], ...] = ()  # least recently used prefixes: (seconds since their last use, blocks)

@@ -23,7 +23,7 @@ from jmemserve.errors import DuplicateRequest, InvalidRequest, Overloaded, Unava
 from jmemserve.kvpool.transports.local import LocalExchange
 from jmemserve.models import ModelConfig
 from jmemserve.scheduler.router import Router
-from jmemserve.types import MAX_STOP_IDS, Event, FinishReason, InstanceLoad, Request
+from jmemserve.types import MAX_STOP_IDS, Event, FinishReason, InstanceLoad, PoolReport, Request
 
 
 @dataclasses.dataclass(slots=True)
@@ -96,7 +96,7 @@ class Cluster:
         for one in instances:
             for other in instances:
                 if one is not other:
-                    peer = one.node.greet(other.node.hello())
+                    peer = one.node.greet(other.node.peers.hello())
                     self._report.line(f"    {one.spec.name} gets blocks of {peer.name} by {peer.transport.name}")
         for source in instances:
             for target in instances:
@@ -196,6 +196,10 @@ class Cluster:
     def loads(self) -> list[InstanceLoad]:
         """A momentary view of every instance."""
         return [instance.load() for instance in self._instances.values()]
+
+    def pools(self) -> list[PoolReport]:
+        """All about every instance's pool, for people; waits for the instances' threads."""
+        return [instance.report() for instance in self._instances.values()] if self._router is not None else []
 
     def _check(self, request: Request) -> None:
         vocabulary = self.model_config.vocab_size

@@ -29,7 +29,7 @@ def pack_sequence(seq: Sequence) -> bytes:
 
 
 def unpack_sequence(private: bytes, computed: tuple[int, ...], decode_hint: str) -> Sequence:
-    """The sequence, with ``computed`` the tokens whose keys and values came. Raises TransferError if it makes no sense."""
+    """The sequence; ``computed``: the tokens whose keys and values came. Raises TransferError if it makes no sense."""
     try:
         state = json.loads(private)
         tokens = [*computed, *state["rest"]]

@@ -6,27 +6,33 @@ One flight is always in the air while there is work: the next step is planned an
 last one are waited for. Everything that enqueues device work for this instance's mesh happens on this thread.
 """
 
+import functools
 import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from jmemserve.config import InstanceSpec
 from jmemserve.engine.build import Parts
 from jmemserve.engine.handover import pack_sequence, unpack_sequence
 from jmemserve.engine.messages import Abort, FromPeer, ResetCache, Stop, Submit
+from jmemserve.engine.pool_report import pool_report
 from jmemserve.engine.runner import Flight
 from jmemserve.errors import TransferError
+from jmemserve.kvpool import Swap
 from jmemserve.kvpool import transfer as tx
-from jmemserve.kvpool.node import PoolNode, Transfer
+from jmemserve.kvpool.moving import Transfer
+from jmemserve.kvpool.node import PoolNode
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
-from jmemserve.types import Event, FinishReason, InstanceLoad, TokenLogprobs, Usage
+from jmemserve.types import Event, FinishReason, InstanceLoad, PoolReport, TokenLogprobs, Usage
 
 IDLE_S = 0.05  # how often an idle instance looks at its deadlines
 TRANSFER_DEADLINE_S = 30.0
 MAX_REMEMBERED_ABORTS = 4096
 REMEMBER_ABORT_S = 60.0
+REPORT_S = 5.0  # a report that takes longer is given up
 
 Message = object  # one of engine.messages, or a function to call on the instance's thread
 
@@ -107,6 +113,12 @@ class Instance:
             preemptions=scheduler.preemptions,
             compiles_after_warmup=self.compiles(),
         )
+
+    def report(self) -> PoolReport:
+        """All about the pool, as the instance's own thread sees it. Raises TimeoutError if that is too busy."""
+        answer: Future[PoolReport] = Future()
+        self.post(lambda: answer.set_result(pool_report(self.node)))
+        return answer.result(REPORT_S)
 
     # -- the thread -------------------------------------------------------------------------------------------
 
@@ -245,8 +257,11 @@ class Instance:
         """Enqueue the copies that the plan asks for; who waits for one runs when it is over."""
         swaps, self.scheduler.swaps_in = self.scheduler.swaps_in, []
         for swap in swaps:
-            self.node.when_over([swap], lambda error, swap=swap: self.scheduler.loaded(swap, error is None))
+            self.node.when_over([swap], functools.partial(self._swapped, swap))
         self.node.flush()
+
+    def _swapped(self, swap: Swap, error: Exception | None) -> None:
+        self.scheduler.loaded(swap, error is None)
 
     # -- moving a sequence away -------------------------------------------------------------------------------
 

@@ -98,12 +98,13 @@ def scatter_part(pages: jax.Array, indices: jax.Array, blocks: jax.Array, *part:
 # -- checksums ---------------------------------------------------------------------------------------------------------
 
 _MULTIPLIER = 0x9E3779B1
+_PER_ROW = 2 * _MULTIPLIER % 2**32
 _ROW = 512  # words; on the host a block is summed by rows and by columns
 
 
 def _weights(place: jax.Array | np.ndarray):
     """An odd number for every place of a 32-bit word in a block: one term by row, one by column."""
-    return (place % _ROW * np.uint32(_MULTIPLIER) | np.uint32(1)) + place // _ROW * np.uint32(2 * _MULTIPLIER % 2**32)
+    return (place % _ROW * np.uint32(_MULTIPLIER) | np.uint32(1)) + place // _ROW * np.uint32(_PER_ROW)
 
 
 def block_checksums(blocks: jax.Array, first_head: jax.Array, num_heads: int) -> jax.Array:
@@ -135,7 +136,7 @@ def host_checksums(blocks: np.ndarray) -> np.ndarray:
         whole = len(words) // _ROW * _ROW
         rows, rest = words[:whole].reshape(-1, _ROW), words[whole:]
         by_column = rows.sum(0, dtype=np.uint32) * _weights(np.arange(_ROW, dtype=np.uint32))
-        by_row = rows.sum(1, dtype=np.uint32) * (np.arange(len(rows), dtype=np.uint32) * np.uint32(2 * _MULTIPLIER % 2**32))
+        by_row = rows.sum(1, dtype=np.uint32) * (np.arange(len(rows), dtype=np.uint32) * np.uint32(_PER_ROW))
         last = rest * _weights(np.arange(whole, len(words), dtype=np.uint32))
         sums[number] = sum(int(part.sum(dtype=np.uint32)) for part in (by_column, by_row, last)) % 2**32
     return sums

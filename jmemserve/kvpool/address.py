@@ -22,5 +22,5 @@ class BlockAddress(NamedTuple):
     instance: str
     epoch: int
     medium: Medium
-    index: int  # of the page or slot in the medium's arrays; number 0 is nobody's, so this is at least 1
+    index: int  # type: ignore[assignment]  # of the page or slot in the medium's arrays; number 0 is nobody's, so this is at least 1
     generation: int

@@ -147,7 +147,7 @@ def make_arena(layout: PageLayout, num_blocks: int, mesh: Mesh) -> HostArena:
     return PinnedArena(layout, num_blocks, mesh)
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: object) -> np.ndarray:
+def aligned_empty(shape: tuple[int, ...], dtype: str | np.dtype) -> np.ndarray:
     """Uninitialised memory that a CPU device takes without a copy."""
     kind = jnp.dtype(dtype)
     size = int(np.prod(shape)) * kind.itemsize

@@ -71,4 +71,4 @@ def _check_queued(index: TokenIndex, node: Node) -> None:
                 assert node in node.space.queues[medium], f"{medium.name} block {block} is not queued in its space"
     if index.tables[DRAM][1:] and node not in index.dirty_runs:
         for block, dram in itertools.zip_longest(node.hbm, node.dram, fillvalue=0):
-            assert not block or dram or index.is_held(block), f"HBM block {block} could be written back but is not queued"
+            assert not block or dram or index.is_held(block), f"HBM block {block} is not queued for a copy"

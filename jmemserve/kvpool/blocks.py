@@ -325,8 +325,8 @@ class BlockPool:
         """Order copies of DRAM blocks, which the caller holds, in new HBM blocks, which the caller owns from now on.
 
         When the bytes have arrived (``swaps.done``) the index points to the HBM copies too, and the caller's references
-        on the DRAM blocks are given back: they stay cached. Until then he can free neither. Raises PoolFull, StaleAddress or ForeignAddress, changing
-        nothing.
+        on the DRAM blocks are given back: they stay cached. Until then he can free neither. Raises PoolFull,
+        StaleAddress or ForeignAddress, changing nothing.
         """
         blocks = [self._ledgers[DRAM].live(address) for address in addresses]
         self._held_blocks(addresses, None)

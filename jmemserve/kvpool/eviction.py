@@ -5,7 +5,7 @@ from typing import Protocol
 
 
 class Queued(Protocol):
-    """What can wait in queues. ``queued`` has one bit per queue it waits in; ``alive`` ends when it leaves the index."""
+    """What can wait in queues. ``queued`` has one bit per queue it is in; ``alive`` ends when it leaves the index."""
 
     last_use: int
     queued: int

@@ -18,8 +18,8 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from jmemserve.kvpool.address import Medium
-from jmemserve.kvpool.eviction import EvictionQueue
 from jmemserve.kvpool.events import START, EventLog
+from jmemserve.kvpool.eviction import EvictionQueue
 from jmemserve.kvpool.runs import DIRTY, DRAM, HBM, OF_ALL, TOKEN_BYTES, Node, Space
 
 
@@ -45,7 +45,6 @@ class TokenIndex:
         self._has_dram = capacities[DRAM] > 0
         self._ids = itertools.count(START + 1)
         self.clock = 0  # of uses; raised once per call of the pool
-        self._shrinking: Node | None = None  # by a call of ``evict`` that spills
         self.now = 0.0  # in seconds, set by the pool's owner; only for people
         self.both = 0  # blocks with a copy in either medium
         self.num_blocks = 0  # prefixes of whole blocks, wherever their copies are
@@ -57,7 +56,7 @@ class TokenIndex:
         return (self.tables[HBM][location] if location > 0 else self.tables[DRAM][-location]) is not None
 
     def find(self, raw: bytes, space: bytes, limit: int) -> list[int]:
-        """Locations of the longest prefix that has all its bytes in place, at most ``limit`` blocks; HBM if it can be."""
+        """Locations of the longest prefix that has all its bytes in place, at most ``limit`` blocks; HBM first."""
         found: list[int] = []
         for node, count in self._walk(raw, space, limit):
             if not node.dram:
@@ -284,7 +283,7 @@ class TokenIndex:
         return []
 
     def swapped_in(self, dram: int, block: int) -> bool:
-        """HBM block ``block`` has the bytes of this DRAM block; False if the prefix has a copy in HBM or is forgotten."""
+        """An HBM block has the bytes of this DRAM block; False if the prefix has a copy in HBM or is forgotten."""
         node = self.tables[DRAM][dram]
         if node is None or self._is_full(node.space, HBM) or node.hbm[place := node.dram.index(dram)]:
             return False
@@ -325,9 +324,7 @@ class TokenIndex:
         kept: list[Node] = []
         queue = self.queues[medium] if space is None else space.queues[medium]
         while len(gone) < n and (node := queue.pop()) is not None:
-            if node is self._shrinking:
-                kept.append(node)
-            elif self._shrink(node, medium, n - len(gone), gone, spill, lossless) and node.alive:
+            if self._shrink(node, medium, n - len(gone), gone, spill, lossless) and node.alive:
                 queue.offer(node)
             elif lossless:
                 kept.append(node)  # another call may lose what this one must not
@@ -352,11 +349,8 @@ class TokenIndex:
             if self.is_held(sign * block):
                 break
             if not (others and others[place]):
-                dram = 0
-                if medium is HBM:
-                    self._shrinking = node
-                    dram = spill(block)
-                    self._shrinking = None
+                dram = spill(block) if medium is HBM else 0
+                end = min(end, len(node.ids))  # the end of this very run may have made way in DRAM
                 if dram:
                     self._expect(node, place, dram)
                     others = node.dram

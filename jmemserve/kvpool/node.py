@@ -9,17 +9,19 @@ no other traffic to be called.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from jmemserve.errors import CorruptBlock, InvalidAddresses, InvalidTransfer, PoolError, TransferError, UnknownInstance
+from jmemserve.errors import CorruptBlock, PoolError, TransferError, UnknownInstance
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.address import BlockAddress, Medium
-from jmemserve.kvpool.arena import HostArena, aligned_empty
+from jmemserve.kvpool.access import read_blocks, write_blocks
+from jmemserve.kvpool.arena import HostArena
 from jmemserve.kvpool.blocks import BlockPool
 from jmemserve.kvpool.landing import Lander
+from jmemserve.kvpool.moving import Transfer, check_private, check_transfer
 from jmemserve.kvpool.peers import Peer, Peers
 from jmemserve.kvpool.remote import Remote
 from jmemserve.kvpool.shipping import Shipper
@@ -34,23 +36,6 @@ TIMEOUT_S = 30.0  # of each state of a transfer without a sign of life
 LEASE_S = 30.0  # of blocks allocated for a peer, without a Renew from it
 WRITE_BACK_BELOW = 0.1  # share of HBM that can be given away without loss; below it copies to DRAM are made ahead
 WRITE_BACK_BLOCKS = 16  # per poll
-
-
-class Transfer:
-    """A transfer on its way. ``result`` gives the addresses at the destination."""
-
-    def __init__(self, transfer_id: str, destination: str):
-        self.transfer_id = transfer_id
-        self.destination = destination
-        self.future: Future[list[BlockAddress]] = Future()
-
-    def done(self) -> bool:
-        """It has ended, well or not."""
-        return self.future.done()
-
-    def result(self, timeout_s: float | None = None) -> list[BlockAddress]:
-        """Wait for its end. Raises TransferError if it failed, TimeoutError if it goes on; never on the owner's thread."""
-        return self.future.result(timeout_s)
 
 
 class PoolNode:
@@ -79,7 +64,7 @@ class PoolNode:
         self._granularity, self._flags = granularity, flags  # of transfers that ask for nothing else
         self._pools = [ThreadPoolExecutor(2, f"{blocks.instance}-{what}") for what in ("ship", "land", "swap")]
         ship, land, swap = self._pools
-        self._shipper = Shipper(store, arena, ship, post, self._ticket, self._ship_failed)
+        self._shipper = Shipper(store, arena, ship, post, self._ticket, self.abort)
         self._swapper = Swapper(blocks.swaps, store, arena, swap, post)
         self._lander = Lander(store, arena, land, post, self.flush, self._landed)
         self._transfers: dict[str, tuple[Transfer, Granularity]] = {}
@@ -164,7 +149,7 @@ class PoolNode:
         already, the others follow with ``more``. Raises UnknownInstance, InvalidTransfer, StaleAddress or
         ForeignAddress, changing nothing.
         """
-        return self._begin(instance, None, False, source, destination, flags, private, granularity, ready, "", "")
+        return self._begin(instance, None, source, destination, flags, private, granularity, ready)
 
     def transfer_with_insert(
         self,
@@ -184,32 +169,30 @@ class PoolNode:
         Only the blocks that it lacks travel, unless ``flags`` has ALL_BLOCKS. They stay cached there, nobody's, unless
         ``flags`` has CLAIM.
         """
-        return self._begin(
-            instance, tokens, True, source, destination, flags, private, granularity, ready, salt, adapter
-        )
+        return self._begin(instance, tokens, source, destination, flags, private, granularity, ready, salt, adapter)
 
     def _begin(
         self,
         instance: str,
         tokens: Sequence[int] | None,
-        insert: bool,
         source: Sequence[BlockAddress],
         destination: Sequence[BlockAddress] | None,
         flags: Flags,
         private: bytes | None,
         granularity: Granularity,
         ready: int | None,
-        salt: str,
-        adapter: str,
+        salt: str = "",
+        adapter: str = "",
     ) -> Transfer:
+        """Both verbs; with tokens, they are for the destination's index."""
         self.peers.get(instance)
-        _check(self.blocks, instance, tokens, source, destination, private, ready)
+        check_transfer(self.blocks, instance, tokens, source, destination, private, ready)
         cut = self._cut(granularity)
         self.blocks.share(source)
         offer = self.sender.start(
             destination=instance,
             tokens=None if tokens is None else tuple(tokens),
-            insert=insert,
+            insert=tokens is not None,
             blocks=list(source),
             now=time.monotonic(),
             timeout_s=self._timeout_s,
@@ -228,7 +211,7 @@ class PoolNode:
         return moving
 
     def _cut(self, wish: Granularity) -> Granularity:
-        """AUTO is the node's own, and by default whole blocks: that measured best (benchmarks/NOTES.md)."""
+        # AUTO is the node's own, and by default whole blocks: that measured best (benchmarks/NOTES.md).
         chosen = self._granularity if wish is Granularity.AUTO else wish
         return Granularity.BY_REQUEST_AGG if chosen is Granularity.AUTO else chosen
 
@@ -238,12 +221,12 @@ class PoolNode:
 
     def close_transfer(self, transfer_id: str, private: bytes) -> None:
         """The private part of a transfer that was begun without it. Raises InvalidTransfer if it is too large."""
-        _check_private(private)
+        check_private(private)
         self._do(self.sender.close(transfer_id, private, time.monotonic()))
 
-    def abort(self, transfer_id: str) -> None:
+    def abort(self, transfer_id: str, reason: str = "aborted") -> None:
         """Give a transfer up; its future raises TransferError. One that has ended is nothing to do."""
-        self._do(self.sender.abort(transfer_id))
+        self._do(self.sender.abort(transfer_id, reason))
 
     # -- the device ----------------------------------------------------------------------------------------------------
 
@@ -251,28 +234,15 @@ class PoolNode:
         """Enqueue the reads of all swap orders. To be called before anything else writes to the pages."""
         self._swapper.flush()
 
-    def wait_for_swaps(self) -> Future[None]:
-        """A future for when every swap ordered so far is over; it raises the first thing that went wrong."""
-        return self._when_over(self.blocks.swaps.open_orders(), None)
-
     def write(self, addresses: Sequence[BlockAddress], blocks: np.ndarray) -> None:
         """Put bytes into blocks that the caller holds: [n, L, 2, K, C, H]. Waits for host memory, not for the device.
 
         Raises StaleAddress, ForeignAddress or InvalidAddresses, changing nothing.
         """
         self.blocks.require_held(addresses)
-        if blocks.shape != (len(addresses), *self.store.layout.page_shape) or blocks.dtype != self.store.layout.dtype:
-            kind = f"{blocks.dtype}{list(blocks.shape)}"
-            raise InvalidAddresses(f"{len(addresses)} blocks of {self.store.layout} cannot hold {kind}")
         self.flush()
-        for medium, places in self._by_medium(addresses):
-            numbers = [addresses[place].index for place in places]
-            if medium is Medium.HBM:
-                self.store.scatter(numbers, self.store.to_device(blocks[places]))
-            else:
-                assert self.arena is not None, "a block in DRAM without an arena"
-                self._swapper.forget(numbers)
-                self.arena.write(numbers, blocks[places])
+        self._swapper.forget(address.index for address in addresses if address.medium is Medium.DRAM)
+        write_blocks(self.store, self.arena, addresses, blocks)
 
     def read(self, addresses: Sequence[BlockAddress]) -> np.ndarray:
         """A copy of the bytes of blocks that the caller holds: [n, L, 2, K, C, H]. Waits for the device.
@@ -280,29 +250,9 @@ class PoolNode:
         Raises StaleAddress or ForeignAddress.
         """
         self.blocks.require_held(addresses)
-        out = aligned_empty((len(addresses), *self.store.layout.page_shape), self.store.layout.dtype)
-        for medium, places in self._by_medium(addresses):
-            numbers = [addresses[place].index for place in places]
-            if medium is Medium.HBM:
-                out[places] = np.asarray(self.store.gather(numbers))
-            else:
-                assert self.arena is not None, "a block in DRAM without an arena"
-                for place, block in zip(places, self.arena.slots_of(numbers), strict=True):
-                    out[place] = block
-        return out
-
-    def _by_medium(self, addresses: Sequence[BlockAddress]) -> Iterator[tuple[Medium, list[int]]]:
-        """Places of blocks of one medium, as many as the store moves at once."""
-        for medium in (Medium.HBM, Medium.DRAM):
-            places = [place for place, address in enumerate(addresses) if address.medium is medium]
-            for start, stop in self.store.cuts(len(places)):
-                yield medium, places[start:stop]
+        return read_blocks(self.store, self.arena, addresses)
 
     # -- peers ---------------------------------------------------------------------------------------------------------
-
-    def hello(self) -> tx.Hello:
-        """What this node says first to every peer."""
-        return self.peers.hello()
 
     def greet(self, hello: tx.Hello) -> Peer:
         """Link up with the peer that said this, or raise TransferError with the reason why not.
@@ -448,9 +398,6 @@ class PoolNode:
     def _ticket(self, transfer_id: str, start: int, stop: int, part: int, ticket: dict[str, object]) -> None:
         self._do(self.sender.data(transfer_id, start, stop, part, ticket, time.monotonic()))
 
-    def _ship_failed(self, transfer_id: str, reason: str) -> None:
-        self._do(self.sender.abort(transfer_id, reason))
-
     def _settle(self) -> None:
         """Resolve the futures of transfers that ended."""
         ended, self.sender.ended = self.sender.ended, []
@@ -464,32 +411,3 @@ class PoolNode:
             else:
                 self.failed_transfers += 1
                 moving.future.set_exception(TransferError(f"transfer to {moving.destination}: {error}"))
-
-
-def _check_private(private: bytes | None) -> None:
-    if private is not None and len(private) > tx.MAX_PRIVATE:
-        raise InvalidTransfer(f"the private part has {len(private):,} bytes; at most {tx.MAX_PRIVATE:,} travel")
-
-
-def _check(
-    blocks: BlockPool,
-    instance: str,
-    tokens: Sequence[int] | None,
-    source: Sequence[BlockAddress],
-    destination: Sequence[BlockAddress] | None,
-    private: bytes | None,
-    ready: int | None,
-) -> None:
-    """Raise InvalidTransfer for what can never work."""
-    _check_private(private)
-    if not source:
-        raise InvalidTransfer("a transfer needs at least one source address")
-    if tokens is not None and len(tokens) // blocks.block_size > len(source):
-        raise InvalidTransfer(f"{len(tokens)} tokens fill more than the {len(source)} blocks given")
-    if ready is not None and not 0 <= ready <= len(source):
-        raise InvalidTransfer(f"ready={ready} is not within the {len(source)} blocks given")
-    if destination is not None:
-        if len(destination) != len(source):
-            raise InvalidTransfer(f"{len(source)} source addresses need as many destinations, not {len(destination)}")
-        if foreign := next((address for address in destination if address.instance != instance), None):
-            raise InvalidTransfer(f"the destination {foreign} is not at {instance}")

@@ -32,7 +32,8 @@ from jmemserve.kvpool.events import EventLog
 from jmemserve.kvpool.lease import Match
 from jmemserve.kvpool.net.codec import Codec
 from jmemserve.kvpool.net.link import SocketLink
-from jmemserve.kvpool.node import LEASE_S, TIMEOUT_S, PoolNode, Transfer
+from jmemserve.kvpool.moving import Transfer
+from jmemserve.kvpool.node import LEASE_S, TIMEOUT_S, PoolNode
 from jmemserve.kvpool.stats import NodeStats, PoolStats
 from jmemserve.kvpool.store import PageStore
 from jmemserve.kvpool.transfer import Flags, Granularity
@@ -107,7 +108,7 @@ class MemPool:
         self._socket: SocketLink | None = None
         if listen is not None:
             self._socket = SocketLink(
-                MESSAGES.encode(self.node.hello()),
+                MESSAGES.encode(self.node.peers.hello()),
                 secret,
                 listen=listen,
                 accept=self._accept,
@@ -209,13 +210,14 @@ class MemPool:
 
     def link(self, other: "MemPool") -> str:
         """Link up with a pool of this process; the name of the transport. Raises TransferError with the reason."""
-        name = ""
-        for one, two in ((self, other), (other, self)):
-            hello = two._call(two.node.hello)
-            peer = one._call(lambda one=one, hello=hello: one.node.greet(hello))
-            one._routes[two.instance] = lambda raw, one=one, two=two: two._take(one.instance, raw)
-            name = name or peer.transport.name
-        return name
+        way = self._greet(other)
+        other._greet(self)
+        return way
+
+    def _greet(self, other: "MemPool") -> str:
+        hello = other._call(other.node.peers.hello)
+        self._routes[other.instance] = lambda raw: other._take(self.instance, raw)
+        return self._call(lambda: self.node.greet(hello)).transport.name
 
     def connect(self, address: str, timeout_s: float = 10.0) -> str:
         """Link up with a pool of another process; its name. Raises TransferError with the reason."""

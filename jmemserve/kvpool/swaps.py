@@ -11,7 +11,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
-from jmemserve.kvpool.address import Medium
 from jmemserve.kvpool.index import TokenIndex
 from jmemserve.kvpool.ledger import Ledger
 

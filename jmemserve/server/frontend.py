@@ -20,20 +20,22 @@ from jmemserve.errors import DuplicateRequest, JmemserveError, Overloaded, Unava
 from jmemserve.server.generation import Generation
 from jmemserve.server.messages import Message
 from jmemserve.server.model import Model
-from jmemserve.types import Event, FinishReason, InstanceLoad, Request
+from jmemserve.types import Event, FinishReason, InstanceLoad, PoolReport, Request
 
 LOADING = "the server is still loading; try again in a few seconds"
 CALLS_PER_PLACE = 2  # calls in flight, per place in the engine's queue and batches: others are being tokenised or read
 
 
 class Cluster(Protocol):
-    """The part of the engine that serves; all of it thread-safe and quick, but for the last two."""
+    """The part of the engine that serves; all of it thread-safe and quick, but for ``pools`` and the last two."""
 
     def submit(self, request: Request) -> None: ...
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool: ...
 
     def loads(self) -> list[InstanceLoad]: ...
+
+    def pools(self) -> list[PoolReport]: ...
 
     def reset_prefix_cache(self) -> bool: ...
 
@@ -159,6 +161,10 @@ class Frontend:
     def loads(self) -> list[InstanceLoad]:
         """The load of every instance; empty while loading."""
         return [] if self._cluster is None else self._cluster.loads()
+
+    async def pools(self) -> list[PoolReport]:
+        """The pool of every instance; empty while loading."""
+        return [] if self._cluster is None else await asyncio.to_thread(self._cluster.pools)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix that no request holds."""

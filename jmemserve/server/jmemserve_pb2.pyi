@@ -330,6 +330,112 @@ class Instance(_message.Message):
     first_device: int
     def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[InstanceRole, str]] = ..., model_axis: _Optional[int] = ..., first_device: _Optional[int] = ...) -> None: ...
 
+class GetPoolRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetPoolResponse(_message.Message):
+    __slots__ = ("pools",)
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[PoolReport]
+    def __init__(self, pools: _Optional[_Iterable[_Union[PoolReport, _Mapping]]] = ...) -> None: ...
+
+class PoolReport(_message.Message):
+    __slots__ = ("instance", "media", "query_tokens", "hit_tokens", "dram_hit_tokens", "evictions", "swapped_out", "swapped_in", "prefix_blocks", "runs", "transfers_out", "transfers_in", "transfer_calls", "network_calls", "bytes_out", "bytes_in", "dropped", "corrupt", "expired_leases", "failed_transfers", "swaps", "last_event", "peers", "leases", "oldest")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_FIELD_NUMBER: _ClassVar[int]
+    QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRAM_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_OUT_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_IN_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_OUT_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_IN_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_CALLS_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_CALLS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_IN_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_LEASES_FIELD_NUMBER: _ClassVar[int]
+    FAILED_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    SWAPS_FIELD_NUMBER: _ClassVar[int]
+    LAST_EVENT_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    media: _containers.RepeatedCompositeFieldContainer[MediumReport]
+    query_tokens: int
+    hit_tokens: int
+    dram_hit_tokens: int
+    evictions: int
+    swapped_out: int
+    swapped_in: int
+    prefix_blocks: int
+    runs: int
+    transfers_out: int
+    transfers_in: int
+    transfer_calls: int
+    network_calls: int
+    bytes_out: int
+    bytes_in: int
+    dropped: int
+    corrupt: int
+    expired_leases: int
+    failed_transfers: int
+    swaps: int
+    last_event: int
+    peers: _containers.RepeatedCompositeFieldContainer[PoolPeer]
+    leases: _containers.RepeatedCompositeFieldContainer[PoolLease]
+    oldest: _containers.RepeatedCompositeFieldContainer[OldPrefix]
+    def __init__(self, instance: _Optional[str] = ..., media: _Optional[_Iterable[_Union[MediumReport, _Mapping]]] = ..., query_tokens: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., dram_hit_tokens: _Optional[int] = ..., evictions: _Optional[int] = ..., swapped_out: _Optional[int] = ..., swapped_in: _Optional[int] = ..., prefix_blocks: _Optional[int] = ..., runs: _Optional[int] = ..., transfers_out: _Optional[int] = ..., transfers_in: _Optional[int] = ..., transfer_calls: _Optional[int] = ..., network_calls: _Optional[int] = ..., bytes_out: _Optional[int] = ..., bytes_in: _Optional[int] = ..., dropped: _Optional[int] = ..., corrupt: _Optional[int] = ..., expired_leases: _Optional[int] = ..., failed_transfers: _Optional[int] = ..., swaps: _Optional[int] = ..., last_event: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[PoolPeer, _Mapping]]] = ..., leases: _Optional[_Iterable[_Union[PoolLease, _Mapping]]] = ..., oldest: _Optional[_Iterable[_Union[OldPrefix, _Mapping]]] = ...) -> None: ...
+
+class MediumReport(_message.Message):
+    __slots__ = ("medium", "capacity", "free", "held", "cached", "bytes")
+    MEDIUM_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    medium: str
+    capacity: int
+    free: int
+    held: int
+    cached: int
+    bytes: int
+    def __init__(self, medium: _Optional[str] = ..., capacity: _Optional[int] = ..., free: _Optional[int] = ..., held: _Optional[int] = ..., cached: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class PoolPeer(_message.Message):
+    __slots__ = ("instance", "transport")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    transport: str
+    def __init__(self, instance: _Optional[str] = ..., transport: _Optional[str] = ...) -> None: ...
+
+class PoolLease(_message.Message):
+    __slots__ = ("instance", "blocks", "seconds_left")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    blocks: int
+    seconds_left: float
+    def __init__(self, instance: _Optional[str] = ..., blocks: _Optional[int] = ..., seconds_left: _Optional[float] = ...) -> None: ...
+
+class OldPrefix(_message.Message):
+    __slots__ = ("seconds", "blocks")
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    seconds: float
+    blocks: int
+    def __init__(self, seconds: _Optional[float] = ..., blocks: _Optional[int] = ...) -> None: ...
+
 class GetLoadRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

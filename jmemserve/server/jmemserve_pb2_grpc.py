@@ -263,6 +263,11 @@ class ControlStub(object):
                 request_serializer=jmemserve_dot_server_dot_jmemserve__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.GetPool = channel.unary_unary(
+                '/jmemserve.v1.Control/GetPool',
+                request_serializer=jmemserve_dot_server_dot_jmemserve__pb2.GetPoolRequest.SerializeToString,
+                response_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.GetPoolResponse.FromString,
+                _registered_method=True)
         self.ResetPrefixCache = channel.unary_unary(
                 '/jmemserve.v1.Control/ResetPrefixCache',
                 request_serializer=jmemserve_dot_server_dot_jmemserve__pb2.ResetPrefixCacheRequest.SerializeToString,
@@ -296,6 +301,13 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPool(self, request, context):
+        """What the memory pool of every instance holds and has moved; for people, not to be polled often.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ResetPrefixCache(self, request, context):
         """Forgets all cached prefixes that no request holds.
         """
@@ -320,6 +332,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.GetLoadRequest.FromString,
                     response_serializer=jmemserve_dot_server_dot_jmemserve__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'GetPool': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPool,
+                    request_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.GetPoolRequest.FromString,
+                    response_serializer=jmemserve_dot_server_dot_jmemserve__pb2.GetPoolResponse.SerializeToString,
             ),
             'ResetPrefixCache': grpc.unary_unary_rpc_method_handler(
                     servicer.ResetPrefixCache,
@@ -410,6 +427,33 @@ class Control(object):
             '/jmemserve.v1.Control/GetLoad',
             jmemserve_dot_server_dot_jmemserve__pb2.GetLoadRequest.SerializeToString,
             jmemserve_dot_server_dot_jmemserve__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPool(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jmemserve.v1.Control/GetPool',
+            jmemserve_dot_server_dot_jmemserve__pb2.GetPoolRequest.SerializeToString,
+            jmemserve_dot_server_dot_jmemserve__pb2.GetPoolResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -184,6 +184,10 @@ class ControlService(pb_grpc.ControlServicer):
         return pb.GetLoadResponse(instances=loads, calls=self._frontend.num_calls)
 
     @_statuses
+    async def GetPool(self, request: pb.GetPoolRequest, context: ServicerContext) -> pb.GetPoolResponse:
+        return pb.GetPoolResponse(pools=[wire.pool_to_wire(pool) for pool in await self._frontend.pools()])
+
+    @_statuses
     async def ResetPrefixCache(
         self, request: pb.ResetPrefixCacheRequest, context: ServicerContext
     ) -> pb.ResetPrefixCacheResponse:

@@ -1,5 +1,6 @@
 """Protobuf messages to values and back. Pure; both the server and the client use it."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,16 @@ from jmemserve.errors import InvalidRequest, JmemserveError, Overloaded, Unavail
 from jmemserve.server import jmemserve_pb2 as pb
 from jmemserve.server.generation import EngineError, is_retryable
 from jmemserve.server.messages import Delta, Finished, Message
-from jmemserve.types import FinishReason, InstanceLoad, SamplingParams, Timings, TokenLogprobs, Usage
+from jmemserve.types import (
+    FinishReason,
+    InstanceLoad,
+    MediumReport,
+    PoolReport,
+    SamplingParams,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
 
 MAX_ID_LENGTH = 256  # characters
 _SCALARS = (
@@ -36,6 +46,12 @@ _USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")
 _LOAD_NUMBERS = (
     *("running", "waiting", "leaving", "free_blocks", "cached_blocks", "held_blocks", "total_blocks"),
     *("prefix_hits", "prefix_queries", "steps", "preemptions", "compiles_after_warmup"),
+)
+
+_POOL_NUMBERS = (
+    *("query_tokens", "hit_tokens", "dram_hit_tokens", "evictions", "swapped_out", "swapped_in", "prefix_blocks"),
+    *("runs", "transfers_out", "transfers_in", "transfer_calls", "network_calls", "bytes_out", "bytes_in", "dropped"),
+    *("corrupt", "expired_leases", "failed_transfers", "swaps", "last_event"),
 )
 
 
@@ -152,6 +168,31 @@ def load_from_wire(load: pb.InstanceLoad) -> InstanceLoad:
     """The inverse of ``load_to_wire``."""
     role = {number: role.value for role, number in _ROLES.items()}.get(load.role, "unknown")
     return InstanceLoad(load.instance, role, **{name: getattr(load, name) for name in _LOAD_NUMBERS})
+
+
+def pool_to_wire(pool: PoolReport) -> pb.PoolReport:
+    """The report of a pool."""
+    return pb.PoolReport(
+        instance=pool.instance,
+        media=[pb.MediumReport(**dataclasses.asdict(medium)) for medium in pool.media],
+        peers=[pb.PoolPeer(instance=name, transport=way) for name, way in pool.peers],
+        leases=[pb.PoolLease(instance=name, blocks=blocks, seconds_left=left) for name, blocks, left in pool.leases],
+        oldest=[pb.OldPrefix(seconds=seconds, blocks=blocks) for seconds, blocks in pool.oldest],
+        **{name: getattr(pool, name) for name in _POOL_NUMBERS},
+    )
+
+
+def pool_from_wire(pool: pb.PoolReport) -> PoolReport:
+    """The inverse of ``pool_to_wire``."""
+    sizes = ("capacity", "free", "held", "cached", "bytes")
+    return PoolReport(
+        pool.instance,
+        tuple(MediumReport(m.medium, **{name: getattr(m, name) for name in sizes}) for m in pool.media),
+        peers=tuple((peer.instance, peer.transport) for peer in pool.peers),
+        leases=tuple((lease.instance, lease.blocks, lease.seconds_left) for lease in pool.leases),
+        oldest=tuple((prefix.seconds, prefix.blocks) for prefix in pool.oldest),
+        **{name: getattr(pool, name) for name in _POOL_NUMBERS},
+    )
 
 
 def _error_to_wire(error: JmemserveError) -> pb.Error:

@@ -14,6 +14,7 @@ import pytest
 from jmemserve.errors import InvalidAddresses, PoolFull, StaleAddress
 from jmemserve.kvpool import BlockAddress, BlockPool, Match, Medium
 from jmemserve.kvpool.events import EventLog
+from jmemserve.kvpool.runs import Node
 from jmemserve.kvpool.swaps import Swap
 
 C = 2  # tokens per block
@@ -78,7 +79,7 @@ class World:
         pending: dict[Key, int] = {}
         for space in self.pool._index.spaces.values():
             salt = space.name.decode().split("\0")[2]
-            stack = [(child, ()) for child in space.root.children.values()]
+            stack: list[tuple[Node, tuple[int, ...]]] = [(child, ()) for child in space.root.children.values()]
             while stack:
                 node, tokens = stack.pop()
                 run = tuple(memoryview(node.run).cast("i"))
@@ -108,8 +109,8 @@ class World:
         pool.check()
         copies, pending = self.actual()
         assert (copies, pending) == (self.copies, self.pending)
-        for key, blocks in copies.items():
-            for medium, block in zip((HBM, DRAM), blocks, strict=True):
+        for key, places in copies.items():
+            for medium, block in zip((HBM, DRAM), places, strict=True):
                 if block:
                     assert self.memory[medium, block] == key, f"{medium.name} block {block} for {key}"
         held = self.refs()
@@ -119,7 +120,7 @@ class World:
         in_dram = {address.index for address in held if address.medium is DRAM} | set(orders)
         stats = pool.stats()
         for medium, now, blocks in ((HBM, stats.hbm, in_hbm), (DRAM, stats.dram, in_dram)):
-            cached = {blocks_of[medium] for blocks_of in copies.values()} - blocks - {0}
+            cached = {copy[medium] for copy in copies.values()} - blocks - {0}
             assert (now.held, now.cached) == (len(blocks), len(cached)), f"{medium.name}: {now}"
             assert now.free + now.held + now.cached == now.capacity
         assert sum(pool._ledgers[HBM].refs) + sum(pool._ledgers[DRAM].refs) == held.total() + len(orders)

@@ -4,7 +4,7 @@ from random import Random
 
 import hypothesis.strategies as st
 from hypothesis import given, settings
-from pool_world import C, DRAM, HBM, World, random_calls
+from pool_world import DRAM, HBM, C, World, random_calls
 
 from jmemserve.kvpool import BlockPool, Medium
 from jmemserve.kvpool.events import START, EventLog, Removed, Snapshot, Stored

@@ -274,6 +274,47 @@ def test_write_back_begins_again_when_there_is_room_again():
     assert pool.reclaimable == 2
 
 
+def test_write_back_begins_again_when_copies_are_gone():
+    pool = make(4, 4)
+    cache(pool, 1, 2)
+    assert pool.write_back(9) == 2
+    carry_out(pool)
+    assert pool.write_back(9) == 0
+    pool.free_mem(pool.alloc_mem(4, DRAM))
+    pool.check()
+    assert pool.write_back(9) == 2
+
+
+def test_a_stem_that_could_not_go_can_once_it_is_written_back():
+    pool = make(6, 8)
+    pool.swaps.enabled = False
+    stem = cache(pool, 1, 2)
+    for last in (1, 2):
+        pool.insert([*tokens_of(1, 2), *[last] * C], [*hold(pool, 1, 2), *pool.alloc_mem(1)])
+    pool.free_mem([*stem, *stem])
+    cache(pool, 2, 2)
+    pool.alloc_mem(2)
+    assert media(pool, 1, 2) == (2, 0) and media(pool, 2, 2) == (0, 0)
+    pool.swaps.enabled = True
+    assert pool.write_back(2) == 2
+    pool.check()
+    carry_out(pool)
+    pool.alloc_mem(2)
+    assert media(pool, 1, 2) == (0, 2) and pool.swaps.take() == []
+
+
+def test_the_end_of_a_prefix_makes_way_in_dram_for_its_start():
+    pool = make(4, 2)
+    cache(pool, 1, 4)
+    assert pool.swap_out(2) == 2
+    carry_out(pool)
+    assert media(pool, 1, 4) == (2, 2)
+    pool.alloc_mem(3)
+    carry_out(pool)
+    assert media(pool, 1, 4) == (1, 2)
+    pool.check()
+
+
 def test_swap_in_gives_hbm_and_leaves_the_copy_in_dram():
     pool = make(4, 8)
     cache(pool, 1, 3, DRAM)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jmemserve.errors import ForeignAddress, PoolFull, StaleAddress
-from jmemserve.kvpool import BlockAddress, Medium, BlockPool
+from jmemserve.kvpool import BlockAddress, BlockPool, Medium
 
 C = 4  # tokens per block
 
@@ -284,10 +284,11 @@ def test_lesson_18_what_a_dead_owner_held_comes_back_once():
     assert (pool.held, pool.free) == (2, 6)
     pool.check()
     match.release()
-    adopted = pool.alloc_mem(1, owner="decode1")
-    pool.disown(adopted, "decode1")
-    assert pool.free_owned_by("decode1") == 0
-    pool.free_mem(adopted)
+    given = pool.alloc_mem(1)
+    pool.give(given, "decode1")
+    with pytest.raises(StaleAddress):
+        pool.free_mem(given)  # not the caller's any more
+    assert pool.free_owned_by("decode1") == 1
     assert pool.held == 0
     pool.check()
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from jmemserve.errors import ForeignAddress, PoolFull, StaleAddress
-from jmemserve.kvpool import BlockAddress, Match, BlockPool
+from jmemserve.kvpool import BlockAddress, BlockPool, Match
 
 C = 2  # tokens per block
 Key = tuple[str, tuple[int, ...]]

@@ -1,5 +1,6 @@
 """Quotas: what a cache salt may keep cached, per medium, whatever else happens."""
 
+from collections import Counter
 from random import Random
 
 import hypothesis.strategies as st
@@ -115,7 +116,7 @@ def check_counts(world: World) -> None:
 
 
 def test_no_call_exceeds_the_quota():
-    random, seen = Random(3), None
+    random, seen = Random(3), Counter[str]()
     for _ in range(15):
         limits = [random.choice((None, 0, 1, 2, 4, 6)) for _ in range(2)]
         world = World(random.randint(4, 16), random.randint(0, 16), quota=(limits[0], limits[1]))
@@ -124,7 +125,7 @@ def test_no_call_exceeds_the_quota():
             world.check()
             check_counts(world)
         world.finish()
-        seen = world.seen if seen is None else seen + world.seen
+        seen += world.seen
     assert seen["made way"] > 50 and seen["left out"] > 300 and seen["done out"] > 30 and seen["done in"] > 10, seen
 
 
@@ -132,9 +133,13 @@ limits = st.none() | st.integers(0, 6)
 
 
 @settings(max_examples=40, deadline=None)
-@given(random=st.randoms(use_true_random=False), quota=st.tuples(limits, limits), sizes=st.tuples(*[st.integers(1, 12)] * 2))
+@given(
+    random=st.randoms(use_true_random=False),
+    quota=st.tuples(limits, limits),
+    sizes=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+)
 def test_no_call_exceeds_any_quota(random, quota, sizes):
-    world = World(*sizes, quota=quota)
+    world = World(sizes[0], sizes[1], quota)
     for _ in range(40):
         random_calls(world, random)()
         world.check()

@@ -7,7 +7,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable
-from jmemserve.types import Event, FinishReason, InstanceLoad, Request, Timings, TokenLogprobs, Usage
+from jmemserve.types import (
+    Event,
+    FinishReason,
+    InstanceLoad,
+    MediumReport,
+    PoolReport,
+    Request,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
 
 Script = Callable[[Request], Iterable[int]]
 
@@ -48,6 +58,22 @@ class FakeCluster:
 
     def loads(self) -> list[InstanceLoad]:
         return [InstanceLoad("colocated0", "colocated", len(self.running), 0, 0, 5, 3, 2, 10, 40, 100, 7, 1, 0)]
+
+    def pools(self) -> list[PoolReport]:
+        hbm, dram = MediumReport("HBM", 10, 5, 2, 3, 10 << 20), MediumReport("DRAM", 20, 15, 0, 5, 20 << 20)
+        return [
+            PoolReport(
+                "colocated0",
+                (hbm, dram),
+                query_tokens=100,
+                hit_tokens=40,
+                dram_hit_tokens=10,
+                peers=(("decode0", "local"),),
+                leases=(("decode0", 3, 12.5),),
+                oldest=((61.0, 4),),
+            ),
+            PoolReport("empty", (MediumReport("HBM", 10, 10),)),
+        ]
 
     def reset_prefix_cache(self) -> bool:
         return True

@@ -20,14 +20,15 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from jmemserve.errors import TransferError
 
 MAX_FRAME = 64 << 20  # bytes of one payload
 HANDSHAKE_S = 5.0
 SEND_S = 30.0  # a peer that takes nothing for so long is dead
+MORE = getattr(socket, "MSG_MORE", 0)
 _HELLO = b"JMS1"
 _NONCE, _PROOF = 32, hashlib.sha256().digest_size
 _HEADER = struct.Struct("<4sQ")
@@ -35,11 +36,8 @@ _MAGIC = b"JMSF"
 _MAX_PARTS = 512  # buffers in one system call; Linux takes 1024
 _SMALL = 64 << 10  # bytes; frames up to this are read ahead, several by one system call
 _MAX_PENDING = 64  # connections that have proven nothing yet
-# The largest that Linux gives by itself to a connection that asks for nothing. Asking may give less: it is cut to a
-# limit of the system and ends the kernel's own tuning.
-_BUFFER = 4 << 20
 
-Buffer = bytes | bytearray | memoryview
+Buffer = bytes | bytearray | memoryview  # of bytes: its length is their number
 
 
 class Address(NamedTuple):
@@ -78,14 +76,16 @@ class FrameSocket:
         self._read_ahead = memoryview(b"")  # received, and not yet asked for
         self._ahead = memoryview(bytearray(0))  # memory for that
 
-    def send(self, *parts: Buffer, timeout_s: float = SEND_S) -> None:
-        """Send one frame, the parts one after another and uncopied. Raises TransferError."""
-        views = [memoryview(part).cast("B") for part in parts]
-        size = sum(view.nbytes for view in views)
+    def send(self, *parts: Buffer, timeout_s: float = SEND_S, flags: int = 0) -> None:
+        """Send one frame, the parts one after another and uncopied. Raises TransferError.
+
+        With ``flags`` MORE it may wait here for the next frame, and travel in one packet with it.
+        """
+        size = sum(map(len, parts))
         if size > self._max_frame:
             raise TransferError(f"a frame of {size} bytes is larger than the limit of {self._max_frame}")
         with self._sending:
-            self.send_raw(_HEADER.pack(_MAGIC, size), *views, timeout_s=timeout_s)
+            self.send_raw(_HEADER.pack(_MAGIC, size), *parts, timeout_s=timeout_s, flags=flags)
 
     def recv(self, timeout_s: float) -> bytes:
         """Receive one frame. Raises TransferError."""
@@ -154,7 +154,7 @@ class FrameSocket:
 
     def _read_some(self, parts: list[memoryview], deadline: float, flags: int = 0) -> list[memoryview]:
         """Fill the parts as far as possible, by at least a byte; what is left of them."""
-        got = self._call(socket.SO_RCVTIMEO, deadline, lambda: self._socket.recvmsg_into(parts, 0, flags)[0])
+        got = self._call(socket.SO_RCVTIMEO, deadline, self._socket.recvmsg_into, parts, 0, flags)[0]
         if got == 0:
             raise self._break("the peer closed the connection")
         return _without(parts, got)
@@ -171,19 +171,22 @@ class FrameSocket:
 
     # -- bytes without frames: the handshake, and the frames themselves ------------------------------------------------
 
-    def send_raw(self, *parts: Buffer, timeout_s: float = SEND_S) -> None:
+    def send_raw(self, *parts: Buffer, timeout_s: float = SEND_S, flags: int = 0) -> None:
         """Send bytes as they are. Raises TransferError."""
         deadline = time.monotonic() + timeout_s
-        rest = [memoryview(part) for part in parts]
-        while rest:
-            sent = self._call(socket.SO_SNDTIMEO, deadline, lambda: self._socket.sendmsg(rest[:_MAX_PARTS]))
-            rest = _without(rest, sent)
+        left = sum(map(len, parts))
+        rest: Sequence[Buffer] = parts
+        while left:
+            sent = self._call(socket.SO_SNDTIMEO, deadline, self._socket.sendmsg, rest[:_MAX_PARTS], (), flags)
+            left -= sent
+            if left:
+                rest = _without([memoryview(part) for part in rest], sent)
 
     def recv_raw(self, size: int, deadline: float) -> bytes:
         """Receive exactly so many bytes. Raises TransferError."""
         parts, left = [], size
         while left:
-            part = self._call(socket.SO_RCVTIMEO, deadline, lambda: self._socket.recv(left, socket.MSG_WAITALL))
+            part = self._call(socket.SO_RCVTIMEO, deadline, self._socket.recv, left, socket.MSG_WAITALL)
             if not part:
                 raise self._break("the peer closed the connection")
             parts.append(part)
@@ -198,7 +201,7 @@ class FrameSocket:
         if expected is not None and size != expected:
             raise self._break(f"the peer sent a frame of {size} bytes where {expected} were expected")
 
-    def _call[T](self, option: int, deadline: float, call: Callable[[], T]) -> T:
+    def _call[T](self, option: int, deadline: float, call: Callable[..., T], *arguments: Any) -> T:
         """One system call that ends at the deadline. Raises TransferError."""
         while True:
             if self._broken:
@@ -210,7 +213,7 @@ class FrameSocket:
                 if not 0 <= self._timeouts[option] - left_s <= 0.01:  # it is kept to 10 ms, for fewer system calls
                     self._socket.setsockopt(socket.SOL_SOCKET, option, _timeval(left_s))
                     self._timeouts[option] = left_s
-                return call()
+                return call(*arguments)
             except BlockingIOError:  # the kernel's timeout: the deadline has come, or is about to
                 continue
             except OSError as error:
@@ -229,7 +232,7 @@ def _timeval(seconds: float) -> bytes:
     return struct.pack("@ll", *divmod(micros, 1_000_000))
 
 
-def _without(parts: list[memoryview], done: int) -> list[memoryview]:
+def _without(parts: Sequence[memoryview], done: int) -> list[memoryview]:
     """The parts without their first ``done`` bytes, and without empty ones."""
     for index, part in enumerate(parts):
         if done < part.nbytes:
@@ -246,7 +249,6 @@ def connect(host: str, port: int, secret: bytes, timeout_s: float, max_frame: in
         connection = socket.create_connection((host, port), timeout=max(timeout_s, 1e-3))
     except OSError as error:
         raise TransferError(f"no connection to {where}: {error}") from error
-    _widen(connection)
     frames = FrameSocket(connection, max_frame)
     try:
         deadline = min(deadline, time.monotonic() + HANDSHAKE_S)
@@ -265,12 +267,6 @@ def connect(host: str, port: int, secret: bytes, timeout_s: float, max_frame: in
 
 def _proof(secret: bytes, label: bytes, server: bytes, client: bytes) -> bytes:
     return hmac.digest(secret, label + server + client, "sha256")
-
-
-def _widen(connection: socket.socket) -> None:
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        if connection.getsockopt(socket.SOL_SOCKET, option) < _BUFFER:
-            connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
 
 
 class FrameServer:
@@ -335,8 +331,7 @@ class FrameServer:
                     time.sleep(0.05)  # too many open files: better times may come
                 continue
             try:
-                _widen(connection)
-                frames = FrameSocket(connection, self._max_frame)
+                            frames = FrameSocket(connection, self._max_frame)
             except OSError:  # gone already
                 connection.close()
                 continue

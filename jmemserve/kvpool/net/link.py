@@ -14,6 +14,7 @@ number drawn by each link when it is made) began.
 """
 
 import collections
+import contextlib
 import secrets
 import threading
 import time
@@ -41,6 +42,7 @@ class _Connection:
         self.began = began  # the life of the side that connected
         self.other_life = other_life
         self.since = time.monotonic()
+        self.reader: threading.Thread | None = None  # calls the callbacks
         self.ended = threading.Event()  # after its last callback
         self.writer = threading.Thread(target=self._write, name=f"link-to-{peer}", daemon=True)
         self._silence_s = silence_s
@@ -109,7 +111,6 @@ class SocketLink:
         self._accept, self._on_message, self._on_down = accept, on_message, on_down
         self._life = secrets.token_bytes(_LIFE)
         self._peers: dict[str, _Connection] = {}
-        self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._replacing = threading.Lock()  # one peer comes up at a time
         self._closed = False
@@ -137,11 +138,10 @@ class SocketLink:
             if not self._take_place(connection):
                 frames.close()
                 return peer  # by the connection that it began at the same time
-        except TransferError:
+        except BaseException:
             frames.close()
             raise
-        reader = threading.Thread(target=self._read, args=(connection,), name=f"link-from-{peer}", daemon=True)
-        self._start(reader, connection)
+        threading.Thread(target=self._run, args=(connection,), name=f"link-from-{peer}", daemon=True).start()
         return peer
 
     def send(self, peer: str, payload: bytes) -> None:
@@ -167,11 +167,9 @@ class SocketLink:
         for connection in connections:
             connection.stop()
         self._server.close()
-        with self._lock:
-            threads = list(self._threads)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join()
+        for connection in connections:
+            if connection.reader is not threading.current_thread():
+                connection.ended.wait()
 
     def _serve(self, frames: FrameSocket) -> None:
         """Of whoever connects here, from its hello to its end."""
@@ -188,20 +186,9 @@ class SocketLink:
         if not self._take_place(connection):
             frames.send(_READY)  # the other side comes to the same end
             return
-        try:
+        with contextlib.suppress(TransferError):  # it is lost already: the reader will say so
             frames.send(_READY)
-        finally:  # also if it is lost already: the reader will say so
-            self._start(None, connection)
-            self._read(connection)
-
-    def _start(self, reader: threading.Thread | None, connection: _Connection) -> None:
-        with self._lock:
-            self._threads.add(connection.writer)
-            if reader is not None:
-                self._threads.add(reader)
-        connection.writer.start()
-        if reader is not None:
-            reader.start()
+        self._run(connection)
 
     def _take_place(self, new: _Connection) -> bool:
         """Make it the connection of its peer, after the end of a former one; False if a former one stays."""
@@ -226,7 +213,10 @@ class SocketLink:
         same = old.other_life == new.other_life and old.began != new.began
         return same and new.since - old.since < _CROSSING_S
 
-    def _read(self, connection: _Connection) -> None:
+    def _run(self, connection: _Connection) -> None:
+        """Of a connection that is up, until its end."""
+        connection.reader = threading.current_thread()
+        connection.writer.start()
         try:
             while True:
                 payload = connection.frames.recv(self._silence_s)
@@ -244,7 +234,6 @@ class SocketLink:
         with self._lock:
             if self._peers.get(connection.peer) is connection:
                 del self._peers[connection.peer]
-            self._threads -= {connection.writer, threading.current_thread()}
             tell = not self._closed
         try:
             if tell:

@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 
 from jmemserve.errors import CorruptBlock, TransferError
-from jmemserve.kvpool.net.frames import HANDSHAKE_S, Address, FrameServer, FrameSocket, connect
+from jmemserve.kvpool.net.frames import MORE, Address, FrameServer, FrameSocket, connect
 from jmemserve.kvpool.transports import Counters
 
 MAX_FRAME = 1 << 30  # bytes of one frame of a piece
@@ -132,7 +132,7 @@ class TcpWay:
             for frame, checksum in zip(published.frames, published.sums, strict=True):
                 if self._published.get(key) is not published:
                     return  # the end of the connection says it
-                connection.send(_SUM.pack(checksum), memoryview(frame))
+                connection.send(_SUM.pack(checksum), memoryview(frame), flags=MORE)
             if self._published.get(key) is not published:
                 return
             self._counters.moved(len(published.frames), published.nbytes)
