@@ -56,7 +56,9 @@ def table(pool: PoolReport) -> str:
     else:
         looked_up = "nothing was looked up yet"
     lines.append(f"  hits       {looked_up}")
-    lines.append(f"  cached     {pool.prefix_blocks:,} blocks of prefixes in {pool.runs:,} runs, {pool.evictions:,} dropped")
+    lines.append(
+        f"  cached     {pool.prefix_blocks:,} blocks of prefixes in {pool.runs:,} runs, {pool.evictions:,} dropped"
+    )
     lines.append(f"  swapped    {pool.swapped_out:,} out, {pool.swapped_in:,} in, {pool.swaps} orders under way")
     lines.append(f"  transfers  {pool.transfers_out} out and {pool.transfers_in} in under way")
     lines.append(f"             {_size(pool.bytes_out)} out, {_size(pool.bytes_in)} in")

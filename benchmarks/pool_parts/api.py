@@ -129,7 +129,7 @@ def _index_row(pool: BlockPool, size: int, ratio: int, kind: str, calls: int, rn
         duplicates = pool.insert(whole, blocks)
         inserts.append(perf_counter() - start)
         assert not duplicates, f"{len(duplicates)} duplicates"
-        assert pool.delete(tokens[:-1]) == size
+        assert pool.delete(tokens[:BLOCK]) == size
     pool.free_mem(blocks)
     place = RATIOS.index(ratio)
     return {

@@ -22,8 +22,7 @@ from jmemserve.engine.runner import Flight
 from jmemserve.errors import TransferError
 from jmemserve.kvpool import Swap
 from jmemserve.kvpool import transfer as tx
-from jmemserve.kvpool.moving import Transfer
-from jmemserve.kvpool.node import PoolNode
+from jmemserve.kvpool.node import PoolNode, Transfer
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
 from jmemserve.types import Event, FinishReason, InstanceLoad, PoolReport, TokenLogprobs, Usage
@@ -51,21 +50,22 @@ class Instance:
         self.spec = spec
         self.pool, self.runner = parts.pool, parts.runner
         self.scheduler = LocalScheduler(parts.pool, parts.shapes, self._leaves)
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._emit, self._on_failure = emit, on_failure
+        self._send = lambda peer, message: send(peer, FromPeer(spec.name, message))
         self.node = PoolNode(
             parts.pool,
             parts.runner.store,
             parts.arena,
             parts.transports,
             post=self.post,
-            send=lambda peer, message: send(peer, FromPeer(spec.name, message)),
+            send=self._send,
             on_arrival=self._adopt,
             timeout_s=TRANSFER_DEADLINE_S,
             granularity=parts.granularity,
             flags=parts.flags,
         )
         self.compiles: Callable[[], int] = lambda: 0
-        self._emit, self._on_failure = emit, on_failure
-        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._by_id: dict[str, Sequence] = {}
         self._aborted: dict[str, tuple[float, FinishReason]] = {}  # ids that were not here when they were aborted
         self._moving: dict[str, Sequence] = {}  # by transfer id
@@ -299,7 +299,7 @@ class Instance:
         # Whoever waits here for blocks is older than a newcomer: nobody is adopted before it has got them.
         crowded = bool(self.scheduler.waiting) or len(self._by_id) >= 2 * self.scheduler.max_seqs
         if isinstance(message, tx.Offer) and message.flags & tx.Flags.CLAIM and crowded:
-            self.node.refuse(message, "too many sequences")
+            self._send(peer, tx.Refuse(message.transfer_id, "too many sequences"))
         else:
             self.node.handle(peer, message)
 

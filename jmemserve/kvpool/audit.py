@@ -1,18 +1,29 @@
 """The whole index at once: as a snapshot for readers of its events, and recomputed from scratch for tests."""
 
 import itertools
+from collections.abc import Iterator
 
 from jmemserve.kvpool.events import Stored
 from jmemserve.kvpool.index import TokenIndex
 from jmemserve.kvpool.runs import DRAM, HBM, Node
 
 
+def nodes(index: TokenIndex) -> Iterator[Node]:
+    """Every run, parents first."""
+    for space in index.spaces.values():
+        stack = list(space.root.children.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack += node.children.values()
+
+
 def snapshot(index: TokenIndex) -> tuple[Stored, ...]:
     """All that is cached, as the records that would have stored it, parents first."""
     records = []
-    for node in index.nodes():
+    for node in nodes(index):
         for medium, copies in ((HBM, node.hbm), (DRAM, node.dram)):
-            for there, stretch in itertools.groupby(range(len(copies)), lambda i, copies=copies: copies[i] > 0):
+            for there, stretch in itertools.groupby(range(len(copies)), [copy > 0 for copy in copies].__getitem__):
                 places = list(stretch)
                 start, stop = places[0], places[-1] + 1
                 before = node.ids[start - 1] if start else index.before(node)
@@ -26,10 +37,10 @@ def snapshot(index: TokenIndex) -> tuple[Stored, ...]:
 def check(index: TokenIndex) -> tuple[set[int], set[int]]:
     """Assert that tree, tables, counts and queues agree; return the blocks in the index by medium."""
     seen: tuple[set[int], set[int]] = (set(), set())
-    blocks = both = nodes = 0
+    blocks = both = num_nodes = 0
     counts = {space.name: [0, 0] for space in index.spaces.values()}
-    for node in index.nodes():
-        nodes += 1
+    for node in nodes(index):
+        num_nodes += 1
         size = len(node.ids)
         blocks += size
         assert size > 0 and len(node.run) == size * index.step, f"{size=}, {len(node.run)=}"
@@ -52,7 +63,7 @@ def check(index: TokenIndex) -> tuple[set[int], set[int]]:
     for medium in (HBM, DRAM):
         listed = sum(node is not None for node in index.tables[medium])
         assert listed == len(seen[medium]), f"{medium.name}: {listed=}, {len(seen[medium])=}"
-    actual = (blocks, both, nodes)
+    actual = (blocks, both, num_nodes)
     assert actual == (index.num_blocks, index.both, index.num_nodes), f"{actual=}"
     for space in index.spaces.values():
         assert space.root.children, f"space {space.name!r} is empty"

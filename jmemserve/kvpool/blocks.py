@@ -9,19 +9,18 @@ them before any other device work of his and says when the bytes have arrived. A
 thread; none of them waits.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from jmemserve.errors import InvalidAddresses, PoolFull, StaleAddress
-from jmemserve.kvpool import audit
+from jmemserve.errors import InvalidAddresses, PoolFull
+from jmemserve.kvpool import audit, reclaim
 from jmemserve.kvpool.address import BlockAddress, Medium
 from jmemserve.kvpool.events import EventLog, Snapshot
 from jmemserve.kvpool.index import TokenIndex
 from jmemserve.kvpool.lease import Match
 from jmemserve.kvpool.ledger import Ledger
-from jmemserve.kvpool.owners import Owners
+from jmemserve.kvpool.references import References
 from jmemserve.kvpool.runs import DRAM, HBM, pack
 from jmemserve.kvpool.stats import MediumStats, PoolStats
 from jmemserve.kvpool.swaps import Swaps
@@ -61,9 +60,11 @@ class BlockPool:
             log,
             quota,
         )
-        self.swaps = Swaps(self._ledgers, self._index, self._settle)
-        self._owners = Owners()
+        self._refs = References(self._ledgers, self._index)
+        self._owners = self._refs.owners
+        self.swaps = Swaps(self._ledgers, self._index, self._refs)
         self._hit_tokens = self._dram_hit_tokens = self._query_tokens = self._evictions = 0
+        self.forgotten_subtrees = 0  # prefixes lost with all that continued them, since that was held
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -96,10 +97,7 @@ class BlockPool:
 
     def stats(self) -> PoolStats:
         """Counts for load reports and metrics."""
-        hbm, dram = (
-            MediumStats(ledger.num_free, ledger.num_held, ledger.num_cached, ledger.capacity)
-            for ledger in self._ledgers
-        )
+        hbm, dram = (MediumStats(x.num_free, x.num_held, x.num_cached, x.capacity) for x in self._ledgers)
         return PoolStats(
             hbm,
             dram,
@@ -114,16 +112,7 @@ class BlockPool:
         )
 
     def __repr__(self) -> str:
-        parts = []
-        for ledger in self._ledgers:
-            if ledger.capacity:
-                used = 100 * (ledger.capacity - ledger.num_free) / ledger.capacity
-                parts.append(
-                    f"{ledger.medium.name} {used:.0f}% of {ledger.capacity} ({ledger.num_held} held, "
-                    f"{ledger.num_cached} cached, {ledger.num_free} free)"
-                )
-        hits = f"{100 * self._hit_tokens / self._query_tokens:.0f}% hits" if self._query_tokens else "no look-ups yet"
-        return f"<{type(self).__name__} {self.instance}: {', '.join(parts)}; {hits}>"
+        return f"<{type(self).__name__} {self.instance}: {self.stats().describe()}>"
 
     # -- references --------------------------------------------------------------------------------------------------
 
@@ -159,38 +148,37 @@ class BlockPool:
         references are those allocated with it. All or nothing: raises StaleAddress (also for a double free) or
         ForeignAddress, changing nothing.
         """
-        locations = self._held_blocks(addresses, owner)
+        locations = self._refs.freeable(addresses, owner)
         if owner is not None:
             self._owners.forget(locations, owner)
-        self._drop_all(locations)
+        self._refs.drop(locations)
 
     def give(self, addresses: Sequence[BlockAddress], owner: str) -> None:
         """Turn references of the caller's into this owner's. Raises like ``free_mem``, and InvalidAddresses for a
         block that is given twice or is somebody's by name already."""
-        locations = self._held_blocks(addresses, None)
+        locations = self._refs.freeable(addresses, None)
         if len(set(locations)) < len(locations) or any(location in self._owners for location in locations):
             raise InvalidAddresses(f"a block of {addresses} is given twice or is somebody's by name already")
         self._owners.add(locations, owner)
 
     def require_held(self, addresses: Sequence[BlockAddress]) -> None:
         """Raise StaleAddress or ForeignAddress unless somebody holds each of these blocks."""
-        self._all_live(addresses)
+        self._refs.live(addresses)
 
     def share(self, addresses: Sequence[BlockAddress]) -> None:
         """Add one reference, the caller's, to each of these held blocks. Raises StaleAddress or ForeignAddress."""
-        locations = self._all_live(addresses)
-        self._ledgers[HBM].hold(location for location in locations if location > 0)
-        self._ledgers[DRAM].hold(-location for location in locations if location < 0)
+        locations = self._refs.live(addresses)
+        self._refs.hold(locations)
 
     def check_owned(self, addresses: Sequence[BlockAddress], owner: str) -> None:
         """Raise like ``free_mem`` unless each address was allocated with this owner."""
-        self._held_blocks(addresses, owner)
+        self._refs.freeable(addresses, owner)
 
     def free_owned_by(self, owner: str) -> int:
         """Give back every reference allocated with this owner (a dead peer, say) and return how many there were."""
         locations = self._owners.of(owner)
         self._owners.forget(locations, owner)
-        self._drop_all(locations)
+        self._refs.drop(locations)
         return len(locations)
 
     def owned(self) -> dict[str, int]:
@@ -214,7 +202,7 @@ class BlockPool:
         count = len(tokens) // size
         if len(addresses) < count:
             raise InvalidAddresses(f"{len(tokens)} tokens fill {count} blocks, but only {len(addresses)} are given")
-        locations = self._all_live(addresses[:count])
+        locations = self._refs.live(addresses[:count])
         index, space = self._index, self.space(salt, adapter)
         index.clock += 1
         if 0 < start < count and index.quota is None:
@@ -284,11 +272,11 @@ class BlockPool:
         they are freed.
         """
         count = len(tokens) // self.block_size
-        return self._forget(self._index.remove(pack(tokens, count * self.block_size), self.space(salt, adapter)))
+        return self._refs.forget(self._index.remove(pack(tokens, count * self.block_size), self.space(salt, adapter)))
 
     def clear(self) -> int:
         """Forget every prefix and return how many copies the index had. Held blocks survive until they are freed."""
-        return self._forget(self._index.remove_all())
+        return self._refs.forget(self._index.remove_all())
 
     def space(self, salt: str, adapter: str = "") -> bytes:
         """What two prefixes must share to meet: model, adapter and cache salt, as one key."""
@@ -300,7 +288,7 @@ class BlockPool:
 
     def oldest(self, n: int, now: float) -> list[tuple[float, int]]:
         """The n least recently used runs of the index: (seconds since their last use, blocks). Slow: for people."""
-        nodes = sorted(self._index.nodes(), key=lambda node: node.last_use)[:n]
+        nodes = sorted(audit.nodes(self._index), key=lambda node: node.last_use)[:n]
         return [(now - node.used_at, len(node.ids)) for node in nodes]
 
     def tick(self, now: float) -> None:
@@ -319,7 +307,7 @@ class BlockPool:
         """Order DRAM copies of up to ``num_blocks`` cached HBM blocks that stay where they are, so that they can be
         dropped later without loss. Returns how many."""
         count = min(self.swaps.room_to_spill(num_blocks), self._ledgers[DRAM].num_free)
-        return self.swaps.write_back(self._index.dirty(count))
+        return self.swaps.write_back(reclaim.dirty(self._index, count))
 
     def swap_in(self, addresses: Sequence[BlockAddress]) -> list[BlockAddress]:
         """Order copies of DRAM blocks, which the caller holds, in new HBM blocks, which the caller owns from now on.
@@ -329,7 +317,7 @@ class BlockPool:
         StaleAddress or ForeignAddress, changing nothing.
         """
         blocks = [self._ledgers[DRAM].live(address) for address in addresses]
-        self._held_blocks(addresses, None)
+        self._refs.freeable(addresses, None)
         fresh = self.alloc_mem(len(blocks))
         if fresh:
             self.swaps.swap_in(blocks, [address.index for address in fresh])
@@ -347,7 +335,7 @@ class BlockPool:
         for ledger, indexed in zip(self._ledgers, audit.check(self._index), strict=True):
             ledger.check(indexed)
         owned = self._owners.check()
-        assert all(self._refs(location) > 0 for location in owned), f"an owned block is not held: {owned}"
+        assert all(self._refs.count(location) > 0 for location in owned), f"an owned block is not held: {owned}"
         self.swaps.check()
         if self._index.quota is not None:
             for space in self._index.spaces.values():
@@ -356,77 +344,15 @@ class BlockPool:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _refs(self, location: int) -> int:
-        return self._ledgers[HBM].refs[location] if location > 0 else self._ledgers[DRAM].refs[-location]
-
-    def _all_live(self, addresses: Sequence[BlockAddress]) -> list[int]:
-        """The locations of addresses that somebody holds. Raises StaleAddress or ForeignAddress."""
-        hbm = self._ledgers[HBM]
-        known, refs = hbm.addresses, hbm.refs
-        try:  # the very objects that this pool gave out, as always
-            blocks = [block for address in addresses if known[block := address[3]] is address and refs[block]]
-            if len(blocks) == len(addresses):
-                return blocks
-        except IndexError:
-            pass
-        ledgers = self._ledgers
-        return [
-            -ledgers[DRAM].live(address) if address.medium is DRAM else ledgers[HBM].live(address)
-            for address in addresses
-        ]
-
-    def _held_blocks(self, addresses: Sequence[BlockAddress], owner: str | None) -> list[int]:
-        """The locations of addresses on each of which the caller can have a reference to give back."""
-        locations = self._all_live(addresses)
-        if owner is not None:
-            for location, count in Counter(locations).items():
-                if self._owners.owner(location) != owner or count > 1:
-                    raise StaleAddress(f"{self._address(location)} is not held by {owner!r} {count} times")
-        elif self._owners or self.swaps.inbound or len(set(locations)) < len(locations):
-            for location, count in Counter(locations).items():
-                anonymous = self._refs(location) - (location in self._owners) - self.swaps.inbound.get(location, 0)
-                if count > anonymous:
-                    raise StaleAddress(f"{self._address(location)} is freed {count} times but held {anonymous} times")
-        return locations
-
-    def _address(self, location: int) -> BlockAddress:
-        return self._ledgers[location < 0].address(abs(location))
-
-    def _drop_all(self, locations: Sequence[int]) -> None:
-        """Give back a reference on each, the end of a prefix first."""
-        index = self._index
-        index.clock += 1
-        backwards = locations[::-1]
-        for ledger, table, sign in zip(self._ledgers, index.tables, (1, -1), strict=True):
-            if ledger.capacity:
-                blocks = [location * sign for location in backwards if location * sign > 0]
-                index.released_all(table[block] for block in ledger.drop_all(blocks, table))
-
-    def _settle(self, location: int) -> None:
-        """A block lost its last reference: it is cached or free."""
-        ledger = self._ledgers[location < 0]
-        if location in self._index:
-            ledger.keep(abs(location))
-            self._index.released(location)
-        else:
-            ledger.free(abs(location))
-
-    def _forget(self, locations: Sequence[int]) -> int:
-        """These copies left the index: those that nobody holds become free."""
-        for location in locations:
-            ledger = self._ledgers[location < 0]
-            if ledger.refs[abs(location)] == 0:
-                ledger.evict(abs(location))
-        return len(locations)
-
     def _make_room(self, medium: Medium, n: int) -> None:
         """Take cached blocks until n are free; there must be enough. First what costs nothing or goes to DRAM."""
         ledger = self._ledgers[medium]
         self._evict(medium, n - ledger.num_free)
         if ledger.num_free < n:  # the rest lies above held blocks, which leave the index with it
-            for locations in self._index.evict_subtrees(medium):
+            for locations in reclaim.evict_subtrees(self._index, medium):
+                self.forgotten_subtrees += 1
                 before = ledger.num_cached
-                self._forget(locations)
+                self._refs.forget(locations)
                 self._evictions += before - ledger.num_cached
                 if ledger.num_free >= n:
                     break
@@ -435,21 +361,19 @@ class BlockPool:
     def _evict(self, medium: Medium, n: int, lossless: bool = False) -> list[int]:
         """Take up to n unheld copies out of a medium; what is in HBM only goes to DRAM if there is room for it."""
         before = self.swaps.spilled
-        gone = self._take(medium, self._index.evict(medium, n, self._spill, lossless))
+        gone = self._take(reclaim.evict(self._index, medium, n, self._spill, lossless))
         self._evictions -= self.swaps.spilled - before
         return gone
 
     def _spill(self, block: int) -> int:
         """Where the bytes of an HBM block go that is about to be given away: for it, the oldest in DRAM makes way."""
         if not self._ledgers[DRAM].free_list and self.swaps.room_to_spill(1):
-            self._take(DRAM, self._index.evict(DRAM, 1, self._spill))
+            self._take(reclaim.evict(self._index, DRAM, 1, self._spill))
         return self.swaps.spill(block)
 
-    def _take(self, medium: Medium, gone: list[int]) -> list[int]:
+    def _take(self, gone: list[int]) -> list[int]:
         """Unheld copies left the index: their blocks become free."""
-        for location in gone:
-            self._ledgers[medium].evict(abs(location))
-        self._evictions += len(gone)
+        self._evictions += self._refs.forget(gone)
         return gone
 
     def _within_quota(self, raw: bytes, locations: list[int], name: bytes) -> list[int]:
@@ -468,12 +392,9 @@ class BlockPool:
             space = self._index.spaces.get(name)
             surplus = (space.counts[medium] if space is not None else 0) + len(new) - limit
             if surplus > 0 and space is not None:
-                for ledger, sign in zip(
-                    self._ledgers, (1, -1), strict=True
-                ):  # the prefix does not make way for its end
-                    ledger.hold(location * sign for location in known if location * sign > 0)
-                surplus -= len(self._take(medium, self._index.evict(medium, surplus, lambda block: 0, space=space)))
-                self._drop_all(known)
+                self._refs.hold(known)  # the prefix does not make way for its own end
+                surplus -= len(self._take(reclaim.evict(self._index, medium, surplus, lambda block: 0, space=space)))
+                self._refs.drop(known)
             if surplus > 0:
                 locations = locations[: new[max(0, len(new) - surplus)]]
         return locations

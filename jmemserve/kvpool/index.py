@@ -15,7 +15,7 @@ A *location* is a block number with its medium: b > 0 is HBM block b, -b is DRAM
 
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jmemserve.kvpool.address import Medium
 from jmemserve.kvpool.events import START, EventLog
@@ -36,7 +36,7 @@ class TokenIndex:
     ):
         self.step = block_size * TOKEN_BYTES
         self.is_held = is_held
-        self._log = log
+        self.log = log
         self.quota = quota  # cached blocks that each space may have, by medium
         self.spaces: dict[bytes, Space] = {}  # none is empty
         self.tables: list[list[Node | None]] = [[None] * (capacity + 1) for capacity in capacities]  # by medium, block
@@ -189,15 +189,15 @@ class TokenIndex:
         num_dram = len(in_dram) - in_dram.count(0)
         space.counts[HBM] += len(locations) - num_dram
         space.counts[DRAM] += num_dram
-        if self._log is not None:
+        if self.log is not None:
             for medium, stretch in itertools.groupby(range(len(locations)), lambda i: int(locations[i] < 0)):
                 places = list(stretch)
                 start, stop = places[0], places[-1] + 1
                 parent_id = ids[start - 1] if start else before
                 tokens = raw[start * self.step : stop * self.step]
-                self._log.stored(Medium(medium), name, parent_id, ids[start:stop], tokens)
+                self.log.stored(Medium(medium), name, parent_id, ids[start:stop], tokens)
         self._use(node)
-        self._offer(node)
+        self.offer(node)
 
     def attach(self, node: Node, place: int, location: int) -> None:
         """A block that has a copy elsewhere, or had, gets this one."""
@@ -210,11 +210,11 @@ class TokenIndex:
         self.tables[medium][block] = node
         node.space.counts[medium] += 1
         self.both += bool(node.hbm[place] and node.dram and node.dram[place] > 0)
-        if self._log is not None:
+        if self.log is not None:
             parent_id = node.ids[place - 1] if place else self.before(node)
             tokens = node.run[place * self.step : (place + 1) * self.step]
-            self._log.stored(medium, node.space.name, parent_id, node.ids[place : place + 1], tokens)
-        self._offer(node)
+            self.log.stored(medium, node.space.name, parent_id, node.ids[place : place + 1], tokens)
+        self.offer(node)
 
     def before(self, node: Node) -> int:
         """The id of the block before a run."""
@@ -236,8 +236,8 @@ class TokenIndex:
             for block in copies:
                 if block:
                     nodes[abs(block)] = tail
-        self._offer(node)
-        self._offer(tail)
+        self.offer(node)
+        self.offer(tail)
 
     # -- copies on their way -----------------------------------------------------------------------------------------
 
@@ -245,15 +245,15 @@ class TokenIndex:
         """The bytes of this HBM block are on their way to this DRAM block."""
         node = self.tables[HBM][block]
         assert node is not None, f"HBM block {block} is not in the index"
-        self._expect(node, node.hbm.index(block), dram)
+        self.put_expected(node, node.hbm.index(block), dram)
 
-    def _expect(self, node: Node, place: int, dram: int) -> None:
+    def put_expected(self, node: Node, place: int, dram: int) -> None:
         if not node.dram:
             node.dram = [0] * len(node.hbm)
         assert node.dram[place] == 0, f"HBM block {node.hbm[place]} has the DRAM copy {node.dram[place]}"
         node.dram[place] = -dram
         self.tables[DRAM][dram] = node
-        self._offer(node)  # the copy in HBM may go now, whatever continues it
+        self.offer(node)  # the copy in HBM may go now, whatever continues it
 
     def arrived(self, dram: int) -> list[int]:
         """The bytes of a DRAM block that was expected are in place.
@@ -278,8 +278,8 @@ class TokenIndex:
         node.dram[place] = 0
         self.tables[DRAM][dram] = None
         if not node.hbm[place]:
-            return self._truncate(node, place)
-        self._offer(node)
+            return self.truncate(node, place)
+        self.offer(node)
         return []
 
     def swapped_in(self, dram: int, block: int) -> bool:
@@ -294,13 +294,11 @@ class TokenIndex:
         limit = self.quota[medium] if self.quota is not None else None
         return limit is not None and space.counts[medium] >= limit
 
-    # -- leaving -----------------------------------------------------------------------------------------------------
-
     def released(self, location: int) -> None:
         """The block of the index lost its last reference, an order's: that is no use of its prefix."""
         node = self.tables[HBM][location] if location > 0 else self.tables[DRAM][-location]
         assert node is not None, f"block {location} is not in the index"
-        self._offer(node)
+        self.offer(node)
 
     def released_all(self, nodes: Iterable[Node | None]) -> None:
         """Blocks of these runs lost their last references just now."""
@@ -308,80 +306,17 @@ class TokenIndex:
         for node in nodes:
             if node is not last and node is not None:
                 self._use(node)
-                self._offer(node)
+                self.offer(node)
                 last = node
 
-    def evict(
-        self, medium: Medium, n: int, spill: Callable[[int], int], lossless: bool = False, space: Space | None = None
-    ) -> list[int]:
-        """Take up to n unheld copies out of a medium, least recently used first, ends of prefixes first.
-
-        For a block in HBM that has no other copy, ``spill(block)`` may name the DRAM block where its bytes go; with 0
-        it can only leave at the end of a prefix, and not at all if ``lossless``. ``spill`` may evict from DRAM for
-        that. Returns the locations.
-        """
-        gone: list[int] = []
-        kept: list[Node] = []
-        queue = self.queues[medium] if space is None else space.queues[medium]
-        while len(gone) < n and (node := queue.pop()) is not None:
-            if self._shrink(node, medium, n - len(gone), gone, spill, lossless) and node.alive:
-                queue.offer(node)
-            elif lossless:
-                kept.append(node)  # another call may lose what this one must not
-        for node in kept:
-            queue.offer(node)
-        return gone
-
-    def _shrink(
-        self, node: Node, medium: Medium, n: int, gone: list[int], spill: Callable[[int], int], lossless: bool
-    ) -> bool:
-        """Take up to n copies from the end of one run; True if there may be more."""
-        copies, others = (node.hbm, node.dram) if medium is HBM else (node.dram, node.hbm)
-        sign = 1 if medium is HBM else -1
-        dropped: list[int] = []
-        end, taken = len(node.ids), 0
-        for place in range(len(copies) - 1, -1, -1):
-            if taken == n:
-                break
-            block = copies[place]
-            if block <= 0:
-                continue  # no copy, or one that is on its way
-            if self.is_held(sign * block):
-                break
-            if not (others and others[place]):
-                dram = spill(block) if medium is HBM else 0
-                end = min(end, len(node.ids))  # the end of this very run may have made way in DRAM
-                if dram:
-                    self._expect(node, place, dram)
-                    others = node.dram
-                elif lossless or node.children or place != end - 1:
-                    break
-                else:
-                    end = place
-            elif others[place] > 0:
-                self.both -= 1
-            copies[place] = 0
-            self.tables[medium][block] = None
-            node.space.counts[medium] -= 1
-            dropped.append(node.ids[place])
-            gone.append(sign * block)
-            taken += 1
-        if self._log is not None and dropped:
-            self._log.removed(medium, dropped)
-        if end < len(node.ids):
-            self._cut(node, end)
-        elif medium is DRAM and dropped:
-            self.dirty_runs.offer(node)
-        return taken == n
-
-    def _cut(self, node: Node, place: int) -> None:
+    def cut(self, node: Node, place: int) -> None:
         """Shorten a run whose copies from ``place`` on are gone."""
         self.num_blocks -= len(node.ids) - place
         key = node.run[: self.step]
         node.run = node.run[: place * self.step]
         del node.hbm[place:], node.dram[place:], node.ids[place:]
         if place:
-            self._offer(node)
+            self.offer(node)
             return
         parent = node.parent
         assert parent is not None, "a root has no blocks"
@@ -389,11 +324,11 @@ class TokenIndex:
         node.parent, node.alive = None, False
         self.num_nodes -= 1
         if parent.parent is not None:
-            self._offer(parent)
+            self.offer(parent)
         elif not parent.children:
             del self.spaces[node.space.name]
 
-    def _truncate(self, node: Node, place: int) -> list[int]:
+    def truncate(self, node: Node, place: int) -> list[int]:
         """Forget a run from ``place`` on and all below it; return the locations whose bytes were in place."""
         gone: list[int] = []
         stack = list(node.children.values())
@@ -406,7 +341,7 @@ class TokenIndex:
             self.num_blocks -= len(lost.ids)
             self.num_nodes -= 1
             lost.parent, lost.alive, lost.children = None, False, {}
-        self._cut(node, place)
+        self.cut(node, place)
         return gone
 
     def _strip(self, node: Node, start: int, gone: list[int]) -> None:
@@ -422,22 +357,8 @@ class TokenIndex:
                     dropped.append(node.ids[place])
                     self.both -= bool(medium is HBM and node.dram and node.dram[place] > 0)
             node.space.counts[medium] -= len(dropped)
-            if self._log is not None and dropped:
-                self._log.removed(medium, dropped)
-
-    def evict_subtrees(self, medium: Medium) -> Iterator[list[int]]:
-        """Forget one unheld block of this medium after the other with all that continues it, oldest first.
-
-        For when ``evict`` finds nothing: what is not held may lie above what is.
-        """
-        alive = {id(node): node for node in self.tables[medium] if node is not None}
-        for node in sorted(alive.values(), key=lambda node: node.last_use):
-            if not node.alive:
-                continue
-            copies, sign = (node.hbm, 1) if medium is HBM else (node.dram, -1)
-            place = next((i for i, b in enumerate(copies) if b > 0 and not self.is_held(sign * b)), None)
-            if place is not None:
-                yield self._truncate(node, place)
+            if self.log is not None and dropped:
+                self.log.removed(medium, dropped)
 
     def remove(self, raw: bytes, space: bytes) -> list[int]:
         """Forget this prefix of whole blocks and all that continues it; return the locations. Unknown: nothing."""
@@ -446,29 +367,27 @@ class TokenIndex:
         if not path or sum(found for _, found in path) < count:
             return []
         node, found = path[-1]
-        return self._truncate(node, found - 1)
+        return self.truncate(node, found - 1)
 
     def forget(self, location: int) -> list[int]:
         """Forget the block at this location and all that continues it; return the locations."""
         node = self.tables[location < 0][abs(location)]
         if node is None:
             return []
-        return self._truncate(node, node.hbm.index(location) if location > 0 else node.dram.index(-location))
+        return self.truncate(node, node.hbm.index(location) if location > 0 else node.dram.index(-location))
 
     def remove_all(self) -> list[int]:
         """Forget every prefix and return the locations."""
         gone: list[int] = []
         for space in list(self.spaces.values()):
             for node in list(space.root.children.values()):
-                gone += self._truncate(node, 0)
+                gone += self.truncate(node, 0)
         return gone
-
-    # -- order of use ------------------------------------------------------------------------------------------------
 
     def _use(self, node: Node) -> None:
         node.last_use, node.used_at = self.clock, self.now
 
-    def _offer(self, node: Node) -> None:
+    def offer(self, node: Node) -> None:
         """Queue a node wherever something of it might be given up."""
         if node.parent is None:
             return
@@ -479,25 +398,3 @@ class TokenIndex:
         if self.quota is not None:
             for queue in node.space.queues:
                 queue.offer(node)
-
-    def dirty(self, n: int) -> list[int]:
-        """Up to n unheld HBM blocks without a copy in DRAM, least recently used first."""
-        found: list[int] = []
-        while len(found) < n and (node := self.dirty_runs.pop()) is not None:
-            for place in range(len(node.hbm) - 1, -1, -1):
-                block = node.hbm[place]
-                if block and not (node.dram and node.dram[place]) and not self.is_held(block):
-                    found.append(block)
-                    if len(found) == n:
-                        self.dirty_runs.offer(node)
-                        break
-        return found
-
-    def nodes(self) -> Iterator[Node]:
-        """Every run, parents first."""
-        for space in self.spaces.values():
-            stack = list(space.root.children.values())
-            while stack:
-                node = stack.pop()
-                yield node
-                stack += node.children.values()

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jmemserve.errors import TransferError, Unavailable
+from jmemserve.errors import ConfigError, TransferError, Unavailable
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.address import BlockAddress, Medium
@@ -32,8 +32,7 @@ from jmemserve.kvpool.events import EventLog
 from jmemserve.kvpool.lease import Match
 from jmemserve.kvpool.net.codec import Codec
 from jmemserve.kvpool.net.link import SocketLink
-from jmemserve.kvpool.moving import Transfer
-from jmemserve.kvpool.node import LEASE_S, TIMEOUT_S, PoolNode
+from jmemserve.kvpool.node import LEASE_S, TIMEOUT_S, PoolNode, Transfer
 from jmemserve.kvpool.stats import NodeStats, PoolStats
 from jmemserve.kvpool.store import PageStore
 from jmemserve.kvpool.transfer import Flags, Granularity
@@ -90,6 +89,8 @@ class MemPool:
         ``listen`` ("host:port", port 0 for any) accepts links from other processes that know the ``secret``.
         ``on_arrival`` is called on the pool's thread.
         """
+        if listen is not None and not secret:
+            raise ConfigError("a pool that listens needs a secret that its peers know too")
         self.instance = instance
         mesh = mesh if mesh is not None else Mesh(np.array(jax.devices()[:1]), ("model",))
         blocks = BlockPool(

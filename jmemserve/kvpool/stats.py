@@ -28,6 +28,17 @@ class PoolStats:
     prefix_blocks: int  # blocks of tokens in the index, wherever their copies are
     runs: int  # nodes of the index
 
+    def describe(self) -> str:
+        """One line for people."""
+        parts = []
+        for name, medium in (("HBM", self.hbm), ("DRAM", self.dram)):
+            if medium.capacity:
+                used = 100 * (medium.capacity - medium.free) / medium.capacity
+                counts = f"{medium.held} held, {medium.cached} cached, {medium.free} free"
+                parts.append(f"{name} {used:.0f}% of {medium.capacity} ({counts})")
+        hits = f"{100 * self.hit_tokens / self.query_tokens:.0f}% hits" if self.query_tokens else "no look-ups yet"
+        return f"{', '.join(parts)}; {hits}"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NodeStats:

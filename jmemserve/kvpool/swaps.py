@@ -9,10 +9,10 @@ the bytes are read first because the read is enqueued first.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
 
 from jmemserve.kvpool.index import TokenIndex
 from jmemserve.kvpool.ledger import Ledger
+from jmemserve.kvpool.references import References
 
 MAX_ON_THE_WAY = 256  # blocks going to DRAM at once; each keeps a copy on the device until it has arrived
 
@@ -30,14 +30,13 @@ class Swap:
 class Swaps:
     """The orders of one pool. Invariant: each of their DRAM blocks has a reference of theirs until they end."""
 
-    def __init__(self, ledgers: tuple[Ledger, Ledger], index: TokenIndex, settle: Callable[[int], None]):
+    def __init__(self, ledgers: tuple[Ledger, Ledger], index: TokenIndex, refs: References):
         self._hbm, self._dram = ledgers
         self._index = index
-        self._settle = settle  # a location without references is cached or freed
+        self._refs = refs
         self._spills: list[tuple[int, int]] = []  # (HBM block, DRAM block), not yet in an order
         self._orders: list[Swap] = []  # not yet taken
         self._open: dict[int, Swap] = {}  # not yet over
-        self.inbound: Counter[int] = Counter()  # references on both ends of orders to HBM, which nobody can free
         self._number = 0
         self._going_out = 0
         self.enabled = True  # False: it costs less to compute again, so nothing goes to DRAM by itself
@@ -78,7 +77,7 @@ class Swaps:
     def swap_in(self, dram: list[int], hbm: list[int]) -> Swap:
         """Order copies of held DRAM blocks in held HBM blocks."""
         self._flush_spills()  # they may still have to read these HBM blocks
-        self.inbound.update([*hbm, *(-block for block in dram)])
+        self._refs.inbound.update([*hbm, *(-block for block in dram)])
         return self._order(False, tuple(hbm), tuple(dram))
 
     def open_orders(self) -> list[Swap]:
@@ -98,16 +97,16 @@ class Swaps:
         if swap.out:
             self.swapped_out += len(swap.dram)
             for dram in swap.dram:
-                self._forget(self._index.arrived(dram))
+                self._refs.forget(self._index.arrived(dram))
                 if self._dram.drop(dram) == 0:
-                    self._settle(-dram)
+                    self._refs.settle(-dram)
             return
         self.swapped_in += len(swap.dram)
         for dram, block in zip(swap.dram, swap.hbm, strict=True):
             self._index.swapped_in(dram, block)
         for dram in reversed(swap.dram):
             if self._dram.drop(dram) == 0:
-                self._settle(-dram)
+                self._refs.settle(-dram)
 
     def failed(self, swap: Swap) -> None:
         """The bytes will not come. To DRAM: forget the copies. To HBM: give both ends back; the prefix is forgotten,
@@ -115,11 +114,11 @@ class Swaps:
         self._close(swap)
         self.failed_blocks += len(swap.dram)
         for dram, block in zip(reversed(swap.dram), reversed(swap.hbm), strict=True):
-            self._forget(self._index.lost(dram) if swap.out else self._index.forget(-dram))
+            self._refs.forget(self._index.lost(dram) if swap.out else self._index.forget(-dram))
             if not swap.out and self._hbm.drop(block) == 0:
-                self._settle(block)
+                self._refs.settle(block)
             if self._dram.drop(dram) == 0:
-                self._settle(-dram)
+                self._refs.settle(-dram)
 
     def check(self) -> None:
         """Assert that every DRAM block of an order is held."""
@@ -127,17 +126,10 @@ class Swaps:
         assert all(self._dram.refs[dram] > 0 for dram in pending), f"an order's DRAM block is not held: {pending}"
         inbound = Counter(b for swap in self._open.values() if not swap.out for b in swap.hbm)
         inbound.update(-b for swap in self._open.values() if not swap.out for b in swap.dram)
-        assert inbound == self.inbound, f"{inbound=} != {self.inbound=}"
+        assert inbound == self._refs.inbound, f"{inbound=} != {self._refs.inbound=}"
         assert all(self._hbm.refs[b] > 0 for b in inbound if b > 0), f"an order's HBM block is not held: {inbound}"
         going = len(self._spills) + sum(len(swap.dram) for swap in self._open.values() if swap.out)
         assert going == self._going_out, f"{going=} != {self._going_out=}"
-
-    def _forget(self, gone: list[int]) -> None:
-        """These locations left the index: those that nobody holds become free."""
-        for location in gone:
-            ledger = self._hbm if location > 0 else self._dram
-            if ledger.refs[abs(location)] == 0:
-                ledger.evict(abs(location))
 
     def _flush_spills(self) -> None:
         if self._spills:
@@ -158,6 +150,6 @@ class Swaps:
             self._going_out -= len(swap.dram)
             return
         for location in (*swap.hbm, *(-block for block in swap.dram)):
-            self.inbound[location] -= 1
-            if not self.inbound[location]:
-                del self.inbound[location]
+            self._refs.inbound[location] -= 1
+            if not self._refs.inbound[location]:
+                del self._refs.inbound[location]

@@ -81,9 +81,7 @@ def test_aborted_while_swapped_frees_everything(model) -> None:
 @pytest.mark.parametrize("layout", list(BlockLayout))
 def test_tokens_do_not_depend_on_how_blocks_lie_and_travel(model, truth, granularity, layout) -> None:
     prompts = make_prompts(3)
-    with Driver(
-        model, "prefill+decode:model=2", transfer_granularity=granularity, block_layout=layout
-    ) as driver:
+    with Driver(model, "prefill+decode:model=2", transfer_granularity=granularity, block_layout=layout) as driver:
         assert driver.generate(prompts, GREEDY) == [truth(prompt, 10) for prompt in prompts]
         assert sum(load.compiles_after_warmup for load in driver.cluster.loads()) == 0
 

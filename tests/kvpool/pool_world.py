@@ -63,14 +63,10 @@ class World:
         self.taken: list[tuple[Swap, list[Key]]] = []
         self.loading: dict[int, list[BlockAddress]] = {}
         self.seen: Counter[str] = Counter()
-        self.subtrees = 0
-        subtrees = self.pool._index.evict_subtrees
 
-        def count(medium: Medium):  # noqa: ANN202
-            self.subtrees += 1
-            return subtrees(medium)
-
-        self.pool._index.evict_subtrees = count  # type: ignore[method-assign]
+    @property
+    def subtrees(self) -> int:
+        return self.pool.forgotten_subtrees
 
     # -- the truth of the pool, read from the tree ---------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 from pool_world import DRAM, HBM, C, World, random_calls
 
-from jmemserve.kvpool import BlockPool, Medium
+from jmemserve.kvpool import BlockPool, Medium, audit
 from jmemserve.kvpool.events import START, EventLog, Removed, Snapshot, Stored
 
 
@@ -71,7 +71,7 @@ class Mirror:
 def expect(mirror: Mirror, world: World) -> None:
     """The mirror is the index: by id, and by prefix where no block on the way lacks a copy."""
     by_id: dict[int, set[Medium]] = {}
-    for node in world.pool._index.nodes():
+    for node in audit.nodes(world.pool._index):
         for place, number in enumerate(node.ids):
             media = {HBM} if node.hbm[place] else set()
             media |= {DRAM} if node.dram and node.dram[place] > 0 else set()

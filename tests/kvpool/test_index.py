@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from jmemserve.kvpool import audit
+from jmemserve.kvpool import audit, reclaim
 from jmemserve.kvpool.address import Medium
 from jmemserve.kvpool.index import TokenIndex
 from jmemserve.kvpool.runs import pack
@@ -127,7 +127,7 @@ class Pair:
             self.seen["spilled"] += 1
             return dram
 
-        gone = self.index.evict(medium, n, spill, lossless)
+        gone = reclaim.evict(self.index, medium, n, spill, lossless)
         assert len(gone) <= n and len(set(gone)) == len(gone) and not self.held & set(gone)
         for location in gone:
             key = place[location]
@@ -225,11 +225,11 @@ def test_a_split_keeps_who_holds_what():
         branch = (*stem[: cut * C], 900 + cut, 0)
         index.insert(pack(branch, len(branch)), b"", [*range(1, cut + 1), block])
     assert index.num_nodes == 4 + 3 and index.num_blocks == 13
-    assert sorted(index.evict(HBM, 20, lambda block: 0)) == [11, 12, 13]
+    assert sorted(reclaim.evict(index, HBM, 20, lambda block: 0)) == [11, 12, 13]
     assert index.find(pack(stem, len(stem)), b"", 10) == list(range(1, 11))
     held -= {9, 10}
     index.released(10)
-    assert index.evict(HBM, 20, lambda block: 0) == [10, 9]
+    assert reclaim.evict(index, HBM, 20, lambda block: 0) == [10, 9]
     audit.check(index)
 
 
@@ -266,7 +266,7 @@ def test_spaces_do_not_meet_and_none_is_left_empty():
     assert index.spaces[b"b"].counts == [1, 1]
     assert index.remove(raw, b"c") == [] and sorted(index.remove(raw[: C * 4], b"b")) == [-1, 3]
     assert set(index.spaces) == {b"a"}
-    index.evict(HBM, 9, lambda block: 0)
+    reclaim.evict(index, HBM, 9, lambda block: 0)
     assert not index.spaces
 
 
@@ -298,7 +298,7 @@ def check_flat(num_blocks: int) -> None:
         assert found == size and stored == size - size // run * 3 // 4 * (run // 4)
         gone = 0
         while gone < stored // 2:
-            gone += len(index.evict(HBM, 16, lambda block: 0))
+            gone += len(reclaim.evict(index, HBM, 16, lambda block: 0))
         assert index.num_blocks == stored - gone
         assert len(index.find(tokens[0].tobytes(), b"", run)) == 0, "the oldest is gone"
         assert len(index.find(tokens[-1].tobytes(), b"", run)) == run, "the newest is there"
@@ -326,7 +326,7 @@ def test_a_single_long_run_goes_to_dram_in_little_time():
     raw = np.arange(size * C, dtype=np.int32).tobytes()
     index.insert(raw, b"", list(range(1, size + 1)))
     free = iter(range(1, size + 1))
-    gone = index.evict(HBM, size // 2, lambda block: next(free))
+    gone = reclaim.evict(index, HBM, size // 2, lambda block: next(free))
     assert gone == list(range(size, size // 2, -1))
     for dram in range(1, size // 2 + 1):
         index.arrived(dram)

@@ -123,7 +123,7 @@ def test_strangers_are_no_peers(ends):
         connection.recv(5.0)
     connection.close()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = "127.0.0.1:%d" % listener.getsockname()[1]
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
     with pytest.raises(TransferError, match="no connection"):
         a.link.connect(address, timeout_s=1.0)
     with pytest.raises(TransferError, match="HOST:PORT"):

@@ -235,14 +235,6 @@ def test_a_long_life():
     for life in range(40):
         machine = PoolMachine()
         machine.start(num_blocks=random.randint(1, 14))
-        subtrees = machine.pool._index.evict_subtrees
-
-        def count_subtrees(medium, subtrees=subtrees):
-            nonlocal above_held
-            above_held += 1
-            return subtrees(medium)
-
-        machine.pool._index.evict_subtrees = count_subtrees
         rules = {
             machine.serve: 8,
             machine.alloc: 3,
@@ -273,6 +265,7 @@ def test_a_long_life():
             machine.agrees()
             steps += 1
         evicted += machine.pool.stats().evictions
+        above_held += machine.pool.forgotten_subtrees
         machine.teardown()
     assert steps == 10_000 and evicted > 500 and above_held > 3, f"{steps=}, {evicted=}, {above_held=}"
 

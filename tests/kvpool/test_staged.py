@@ -345,7 +345,9 @@ def test_connections_are_used_again():
     for number in range(20):
         here.fetch(there.endpoint(), there.publish(f"k{number}", blocks(1, 64), 1), spec, zeros(1, 64), 5.0)
         with pytest.raises(TransferError, match="not published"):
-            here.fetch(there.endpoint(), {**spec.ticket(), "key": "x", "id": b"", "sums": True}, spec, zeros(1, 64), 5.0)
+            here.fetch(
+                there.endpoint(), {**spec.ticket(), "key": "x", "id": b"", "sums": True}, spec, zeros(1, 64), 5.0
+            )
     assert len(there._way._server._serving) == 1
     here.close()
     there.close()

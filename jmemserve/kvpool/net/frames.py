@@ -331,7 +331,7 @@ class FrameServer:
                     time.sleep(0.05)  # too many open files: better times may come
                 continue
             try:
-                            frames = FrameSocket(connection, self._max_frame)
+                frames = FrameSocket(connection, self._max_frame)
             except OSError:  # gone already
                 connection.close()
                 continue

@@ -55,7 +55,10 @@ class _Outgoing:
 
 
 class Sender:
-    """The transfers that leave one pool. ``ended`` collects (id, error or None, addresses at the destination, are they ours now?) until taken."""
+    """The transfers that leave one pool.
+
+    ``ended`` collects (id, error or None, addresses at the destination, are they ours now?) until it is taken.
+    """
 
     def __init__(self, pool: BlockPool):
         self._pool = pool

@@ -193,7 +193,8 @@ class ShmWay:
                 for known, other in list(self._peers.items()):
                     if not other.is_alive():
                         self._peers.pop(known).close()
-                segment = self._peers[says["nonce"]] = _PeerSegment(says)
+                segment = _PeerSegment(says)
+                self._peers[segment.nonce] = segment
         return segment
 
 
@@ -209,7 +210,7 @@ class _PeerSegment:
 
     def __init__(self, says: Mapping[str, Any]):
         """Raises TransferError unless it is the segment that the peer wrote its nonce into."""
-        self._nonce = says["nonce"]
+        self.nonce: bytes = says["nonce"]
         self._lock = threading.Lock()
         self._pidfd: int | None = None
         fd = -1
@@ -239,7 +240,7 @@ class _PeerSegment:
                 return False
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
-            return not poll.poll(0) and self.memory[:_NONCE].tobytes() == self._nonce
+            return not poll.poll(0) and self.memory[:_NONCE].tobytes() == self.nonce
 
     def check(self, piece: np.ndarray, head: bytes) -> None:
         """Raise TransferError unless this is what lies there, published by a living process."""

@@ -27,7 +27,7 @@ class Counts:
 
     transfer_calls: int = 0  # transfers times parts
     network_calls: int = 0  # contiguous runs of bytes handed to a transport
-    bytes: int = 0
+    bytes_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Shipper:
             self._staged.setdefault(job.transfer_id, {})[job.start, job.part] = job
             self._staged_bytes += job.nbytes
             self.counts.network_calls += job.frames
-            self.counts.bytes += job.nbytes
+            self.counts.bytes_out += job.nbytes
             self._workers.submit(self._publish, job, self._read(job))
 
     def _stretches(self, ship: Ship) -> list[tuple[int, int]]:

@@ -9,6 +9,14 @@ from jmemserve.kvpool.address import BlockAddress
 from jmemserve.kvpool.blocks import BlockPool
 
 
+def settle[T](future: Future[T], value: T, error: Exception | None) -> None:
+    """Resolve a future with an error, or with a value if there is none."""
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)
+
+
 class Transfer:
     """A transfer on its way. ``result`` gives the addresses at the destination."""
 
@@ -22,7 +30,7 @@ class Transfer:
         return self.future.done()
 
     def result(self, timeout_s: float | None = None) -> list[BlockAddress]:
-        """Wait for its end, on any thread but the owner's. Raises TransferError if it failed, TimeoutError if it goes on."""
+        """Wait for its end, on any thread but the owner's. Raises TransferError, or TimeoutError if it goes on."""
         return self.future.result(timeout_s)
 
 

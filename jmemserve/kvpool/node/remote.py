@@ -12,7 +12,7 @@ from jmemserve.errors import ForeignAddress, PoolError, RemoteRefused, TransferE
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.address import BlockAddress, Medium
 from jmemserve.kvpool.blocks import BlockPool
-from jmemserve.kvpool.peers import Peers
+from jmemserve.kvpool.node.peers import Peers
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

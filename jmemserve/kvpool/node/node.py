@@ -8,6 +8,7 @@ through ``post``. Nothing here waits; verbs that take time return a future. ``po
 no other traffic to be called.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,17 +18,17 @@ import numpy as np
 from jmemserve.errors import CorruptBlock, PoolError, TransferError, UnknownInstance
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.address import BlockAddress, Medium
-from jmemserve.kvpool.access import read_blocks, write_blocks
 from jmemserve.kvpool.arena import HostArena
 from jmemserve.kvpool.blocks import BlockPool
-from jmemserve.kvpool.landing import Lander
-from jmemserve.kvpool.moving import Transfer, check_private, check_transfer
-from jmemserve.kvpool.peers import Peer, Peers
-from jmemserve.kvpool.remote import Remote
-from jmemserve.kvpool.shipping import Shipper
+from jmemserve.kvpool.node.access import read_blocks, write_blocks
+from jmemserve.kvpool.node.landing import Lander
+from jmemserve.kvpool.node.moving import Transfer, check_private, check_transfer, settle
+from jmemserve.kvpool.node.peers import Peer, Peers
+from jmemserve.kvpool.node.remote import Remote
+from jmemserve.kvpool.node.shipping import Shipper
+from jmemserve.kvpool.node.swapper import Swapper
 from jmemserve.kvpool.stats import NodeStats
 from jmemserve.kvpool.store import PageStore
-from jmemserve.kvpool.swapper import Swapper
 from jmemserve.kvpool.swaps import Swap
 from jmemserve.kvpool.transfer import Flags, Granularity
 from jmemserve.kvpool.transports import Transport
@@ -80,7 +81,8 @@ class PoolNode:
         """Allocate ``size`` blocks here or at a peer, all or nothing (paper 4.1, Table 1).
 
         The caller owns one reference on each and gives it back with ``free_mem``; at a peer they are on a lease that
-        this node renews by itself. The future raises PoolFull, RemoteRefused or TransferError; UnknownInstance is raised at once.
+        this node renews by itself. The future raises PoolFull, RemoteRefused or TransferError; UnknownInstance comes at
+        once.
         """
         if instance is not None and instance != self.blocks.instance:
             return self.remote.alloc(size, medium, instance, time.monotonic())
@@ -116,14 +118,7 @@ class PoolNode:
     def _when_over[T](self, orders: list[Swap], value: T) -> Future[T]:
         """A future of ``value`` for when these orders are over."""
         result: Future[T] = Future()
-
-        def over(error: Exception | None) -> None:
-            if error is not None:
-                result.set_exception(error)
-            else:
-                result.set_result(value)
-
-        self.when_over(orders, over)
+        self.when_over(orders, lambda error: settle(result, value, error))
         self.flush()
         return result
 
@@ -164,7 +159,7 @@ class PoolNode:
         salt: str = "",
         adapter: str = "",
     ) -> Transfer:
-        """The same, and the destination puts the whole blocks of ``tokens`` into its index before it answers (paper 4.3).
+        """The same, and the destination indexes the whole blocks of ``tokens`` before it answers (paper 4.3).
 
         Only the blocks that it lacks travel, unless ``flags`` has ALL_BLOCKS. They stay cached there, nobody's, unless
         ``flags`` has CLAIM.
@@ -211,12 +206,11 @@ class PoolNode:
         return moving
 
     def _cut(self, wish: Granularity) -> Granularity:
-        # AUTO is the node's own, and by default whole blocks: that measured best (benchmarks/NOTES.md).
-        chosen = self._granularity if wish is Granularity.AUTO else wish
+        chosen = self._granularity if wish is Granularity.AUTO else wish  # AUTO: see benchmarks/NOTES.md
         return Granularity.BY_REQUEST_AGG if chosen is Granularity.AUTO else chosen
 
     def more(self, transfer_id: str, ready: int) -> None:
-        """The first ``ready`` blocks of a transfer have their bytes now (or are ordered to get them before any read)."""
+        """The first ``ready`` blocks of a transfer have their bytes, or are ordered to get them before any read."""
         self._do(self.sender.more(transfer_id, ready, time.monotonic()))
 
     def close_transfer(self, transfer_id: str, private: bytes) -> None:
@@ -288,17 +282,16 @@ class PoolNode:
             case tx.Offer() | tx.Data() | tx.Close() | tx.Cancel():
                 if isinstance(message, tx.Offer | tx.Cancel) and message.source != peer:
                     self.dropped += 1
-                    return
-                self._do(self.receiver.on(message, now))
-            case tx.Accept() | tx.Refuse() | tx.Done() | tx.Landed():
-                if self._transfers.get(message.transfer_id, (None, None))[0] is None:
-                    self.sender.dropped += 1
-                elif self._transfers[message.transfer_id][0].destination == peer:
-                    self._do(self.sender.on(message, now))
-                    if isinstance(message, tx.Landed):
-                        self._shipper.landed(message.transfer_id, message.start, message.part)
                 else:
+                    self._do(self.receiver.on(message, now))
+            case tx.Accept() | tx.Refuse() | tx.Done() | tx.Landed():
+                moving, _ = self._transfers.get(message.transfer_id, (None, None))
+                if moving is None or moving.destination != peer:
                     self.dropped += 1
+                    return
+                self._do(self.sender.on(message, now))
+                if isinstance(message, tx.Landed):
+                    self._shipper.landed(message.transfer_id, message.start, message.part)
             case tx.Renew() if (message.source, message.epoch) == (peer, known.epoch):
                 self.sender.renew(message.transfer_ids, peer, now)
                 self.receiver.renew(message.transfer_ids, peer, now)
@@ -309,10 +302,6 @@ class PoolNode:
                 self.remote.on(peer, message, now)
             case _:
                 self.dropped += 1
-
-    def refuse(self, offer: tx.Offer, reason: str) -> None:
-        """Answer an offer with a refusal, for reasons of the owner's own."""
-        self._send_if_known(offer.source, tx.Refuse(offer.transfer_id, reason))
 
     def poll(self, now: float) -> None:
         """What time demands: deadlines, leases, renewals, copies to DRAM made ahead. ``now`` as time.monotonic()."""
@@ -339,15 +328,13 @@ class PoolNode:
 
     def stats(self) -> NodeStats:
         """Counts for people and metrics."""
-        counts = self._shipper.counts
+        dropped = self.dropped + self.remote.dropped + self.sender.dropped + self.receiver.dropped
         return NodeStats(
             transfers_out=len(self.sender),
             transfers_in=len(self.receiver),
-            transfer_calls=counts.transfer_calls,
-            network_calls=counts.network_calls,
-            bytes_out=counts.bytes,
+            **dataclasses.asdict(self._shipper.counts),
             bytes_in=self._lander.bytes,
-            dropped=self.dropped + self.remote.dropped + self.sender.dropped + self.receiver.dropped,
+            dropped=dropped,
             corrupt=self.corrupt,
             expired_leases=self.remote.expired,
             failed=self.failed_transfers,
@@ -400,8 +387,8 @@ class PoolNode:
 
     def _settle(self) -> None:
         """Resolve the futures of transfers that ended."""
-        ended, self.sender.ended = self.sender.ended, []
-        for transfer_id, error, targets, ours in ended:
+        while self.sender.ended:
+            transfer_id, error, targets, ours = self.sender.ended.pop(0)
             self._shipper.end(transfer_id)
             moving, _ = self._transfers.pop(transfer_id)
             if error is None:
