@@ -69,7 +69,8 @@ def main() -> None:
         from pool_parts import plots  # needs matplotlib, which a run without output does not
 
         tables = {name: part.tables for name, part in results.items()}
-        plots.draw(tables, args.results / f"{args.output}.png", f"{about['cpu']}, {about['device']}, {about['jmemserve']}")
+        title = f"{about['cpu']}, {about['device']}, {about['jmemserve']}"
+        plots.draw(tables, args.results / f"{args.output}.png", title)
 
 
 def runs(args: argparse.Namespace) -> dict[str, Callable[[], Part]]:

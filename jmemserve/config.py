@@ -62,6 +62,13 @@ class BlockLayout(enum.Enum):
     DISCRETE = "discrete"  # one array per layer
 
 
+class SwapPolicy(enum.Enum):
+    """When keys and values are swapped out to host memory and in again, rather than forgotten and computed again."""
+
+    AUTO = "auto"  # while that is measured to cost less
+    ALWAYS = "always"
+
+
 class Switch(enum.Enum):
     """On or off."""
 
@@ -96,6 +103,7 @@ class EngineConfig:
     memory_utilization: float | None = None  # share of device memory for weights and KV together
     kv_cache_tokens: int | None = None  # size of the KV pool instead; at most one of the two
     host_memory_gb: float = 0.0  # DRAM of each instance's pool, in GiB; 0: none
+    swap: SwapPolicy = SwapPolicy.AUTO
     block_layout: BlockLayout = BlockLayout.AGGREGATED
     transfer_granularity: Granularity = Granularity.AUTO
     block_checksums: Switch = Switch.ON  # compare the bytes of blocks that travel with what they were

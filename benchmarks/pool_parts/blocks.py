@@ -36,7 +36,9 @@ def measure(repeats: int, quick: bool, ways: Ways, names: tuple[str, ...], real:
             part.tables[f"prompt of {tokens} tokens, {name}"] = rows
             best = max(row["discrete_over_agg"] for row in rows if row["block"] == "small")
             part.aims.append(Aim(f"discrete over aggregated, {name}, small blocks", best, AIM, "times", at_least=True))
-    part.remarks.append("the paper's are NCCL between GPUs; threads and communicators 1, 2 and 4 stand beside our streams")
+    part.remarks.append(
+        "the paper's are NCCL between GPUs; threads and communicators 1, 2 and 4 stand beside our streams"
+    )
     return part
 
 
@@ -79,7 +81,9 @@ def _send(pair: Pair, count: int, streams: int, cut: Granularity, repeats: int) 
 
     def send() -> None:
         moving = [
-            pair.near.transfer("b", source[i * share : (i + 1) * share], target[i * share : (i + 1) * share], granularity=cut)
+            pair.near.transfer(
+                "b", source[i * share : (i + 1) * share], target[i * share : (i + 1) * share], granularity=cut
+            )
             for i in range(streams)
         ]
         for transfer in moving:

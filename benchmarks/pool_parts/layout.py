@@ -27,7 +27,10 @@ def measure(repeats: int, quick: bool, model: str, cache: str | None) -> Part:
     for driver in drivers.values():
         driver.cluster.stop()
     rows: list[Row] = [_row("prefill", PREFILL, {layout: median(prefills[layout]) for layout in BlockLayout})]
-    rows += [_row("decode step", batch, {layout: median(steps[layout, batch]) for layout in BlockLayout}) for batch in batches]
+    rows += [
+        _row("decode step", batch, {layout: median(steps[layout, batch]) for layout in BlockLayout})
+        for batch in batches
+    ]
     return Part({f"engine, {model}": rows})
 
 

@@ -17,7 +17,11 @@ def measure(repeats: int, quick: bool) -> Part:
     count = 20_000 if quick else 1_000_000
     rows = [_row(count, prompt) for prompt in ((256,) if quick else (256, 64, 8))]
     aim = Aim(f"index, {count:,} blocks in prompts of 256", rows[0]["bytes_per_block"], 200, "bytes/block")
-    return Part({"bytes per cached block": rows}, [aim], ["tokens, and the tables of references and generations that every pool has, are counted apart"])
+    return Part(
+        {"bytes per cached block": rows},
+        [aim],
+        ["tokens, and the tables of references and generations that every pool has, are counted apart"],
+    )
 
 
 def _row(count: int, prompt: int) -> Row:

@@ -26,7 +26,9 @@ class Aim:
 
     def __str__(self) -> str:
         sign = ">=" if self.at_least else "<="
-        return f"{'pass' if self.met else 'FAIL'}  {self.what}: {self.value:.3g} {self.unit} (aim {sign} {self.limit:g})"
+        return (
+            f"{'pass' if self.met else 'FAIL'}  {self.what}: {self.value:.3g} {self.unit} (aim {sign} {self.limit:g})"
+        )
 
 
 @dataclasses.dataclass(slots=True)

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import jax
 
-from jmemserve.config import BlockLayout, EngineConfig, InstanceSpec, LoadFormat, Switch, Warmup, demo_folder
+from jmemserve.config import (
+    BlockLayout,
+    EngineConfig,
+    InstanceSpec,
+    LoadFormat,
+    SwapPolicy,
+    Switch,
+    Warmup,
+    demo_folder,
+)
 from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.mesh import device_memory, make_mesh
 from jmemserve.engine.report import Report
@@ -36,6 +45,7 @@ class Parts:
     transports: tuple[Transport, ...]  # towards other instances
     granularity: Granularity
     flags: Flags  # of every transfer
+    swap: SwapPolicy
     shapes: tuple[StepShape, ...]
     max_model_len: int
 
@@ -155,7 +165,9 @@ def build(
     )
     transports = (LocalTransport(exchange, store.checksums),)
     flags = Flags.NONE if engine.block_checksums is Switch.ON else Flags.NO_CHECKSUM
-    return Parts(runner, pool, arena, transports, engine.transfer_granularity, flags, shapes, max_model_len)
+    return Parts(
+        runner, pool, arena, transports, engine.transfer_granularity, flags, engine.swap, shapes, max_model_len
+    )
 
 
 def model_identity(engine: EngineConfig, config: ModelConfig, dtype: str) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from jmemserve.config import InstanceSpec
+from jmemserve.config import InstanceSpec, SwapPolicy
 from jmemserve.engine.build import Parts
 from jmemserve.engine.handover import pack_sequence, unpack_sequence
 from jmemserve.engine.messages import Abort, FromPeer, ResetCache, Stop, Submit
@@ -23,6 +23,7 @@ from jmemserve.errors import TransferError
 from jmemserve.kvpool import Swap
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.node import PoolNode, Transfer
+from jmemserve.scheduler.costs import CostMeter
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
 from jmemserve.types import Event, FinishReason, InstanceLoad, PoolReport, TokenLogprobs, Usage
@@ -70,6 +71,9 @@ class Instance:
         self._aborted: dict[str, tuple[float, FinishReason]] = {}  # ids that were not here when they were aborted
         self._moving: dict[str, Sequence] = {}  # by transfer id
         self._steps = 0
+        self._costs, self._landed = CostMeter(), 0.0
+        self._swap_policy = parts.swap
+        self.node.swapper.on_swapped_in = self._costs.swap
         self._events: list[Event] = []
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
@@ -236,6 +240,7 @@ class Instance:
         tokens, described = flight.read()
         now = time.monotonic()
         self._steps += 1
+        self._weigh(flight, now)
         rows = {id(piece.sequence): row for row, piece in enumerate(flight.plan.slices)}
         for seq, token, finish in self.scheduler.commit(flight.plan, tokens, now):
             logprobs: tuple[TokenLogprobs, ...] = ()
@@ -250,6 +255,16 @@ class Instance:
             if seq.state is State.LEAVING:
                 self._flush()  # the receiver's events must not overtake this token
                 self._hand_over(seq, now)
+
+    def _weigh(self, flight: Flight, now: float) -> None:
+        """Learn what computing costs from steps that are mostly of prompts, and see if swapping is worth it."""
+        began, self._landed = max(flight.launched, self._landed), now
+        tokens = sum(piece.length for piece in flight.plan.slices)
+        if tokens >= 4 * len(flight.plan.slices):
+            self._costs.step(tokens, now - began)
+        if self._swap_policy is SwapPolicy.AUTO:
+            self.scheduler.swap_costs = self._costs.costs()
+            self.pool.swaps.enabled = self.scheduler.swap_costs.worth(1, self.pool.block_size)
 
     # -- between media ----------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Every shape is compiled ahead; an unknown one is a bug, not a surprise compilati
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,6 +33,7 @@ class Flight:
     plan: Plan
     tokens: jax.Array  # i32[max_seqs]
     logprobs: tuple[jax.Array, ...] | None  # of sampling.describe, when a row wants them
+    launched: float = dataclasses.field(default_factory=time.monotonic)
 
     def read(self) -> tuple[list[int], list[TokenLogprobs | None]]:
         """Wait for the step; the sampled token of each row, and its log probabilities where they were asked for."""

@@ -1,6 +1,7 @@
 """MemPool: the paper's elastic memory pool for whoever wants one: a test, a tool, a cache service (paper section 4).
 
-    with MemPool("a", layout, num_blocks=64, dram_blocks=256) as a, MemPool("b", layout, num_blocks=64) as b:
+    exchange = LocalExchange()
+    with MemPool("a", layout, 64, 256, exchange=exchange) as a, MemPool("b", layout, 64, exchange=exchange) as b:
         a.link(b)                                   # or, between processes: a.connect(address of b)
         blocks = a.alloc_mem(4)
         a.write(blocks, array)                      # [4, L, 2, K, C, H]
@@ -13,6 +14,7 @@ not use this class: its own thread is the owner of its ``PoolNode``.
 """
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +39,8 @@ from jmemserve.kvpool.stats import NodeStats, PoolStats
 from jmemserve.kvpool.store import PageStore
 from jmemserve.kvpool.transfer import Flags, Granularity
 from jmemserve.kvpool.transports import Transport
+from jmemserve.kvpool.transports.local import LocalExchange, LocalTransport
+from jmemserve.kvpool.transports.staged import staged_shm, staged_tcp
 
 POLL_S = 0.02  # how often time is looked at
 CALL_S = 60.0  # a call of the pool's thread that takes longer is given up
@@ -66,7 +70,7 @@ MESSAGES = Codec(
 
 
 class MemPool:
-    """One pool with its memory, its thread and its links. ``transports`` are made by the caller and closed with it."""
+    """One pool with its memory, its thread and its links."""
 
     def __init__(
         self,
@@ -75,7 +79,8 @@ class MemPool:
         num_blocks: int,
         dram_blocks: int = 0,
         mesh: Mesh | None = None,
-        transports: Callable[[PageStore], Sequence[Transport]] = lambda store: (),
+        exchange: LocalExchange | None = None,
+        transports: Callable[[PageStore], Sequence[Transport]] | None = None,
         model: str = "",
         quota: tuple[int | None, int | None] | None = None,
         listen: str | None = None,
@@ -84,10 +89,11 @@ class MemPool:
         timeout_s: float = TIMEOUT_S,
         lease_s: float = LEASE_S,
     ):
-        """``mesh`` has an axis "model" and defaults to the first device; ``transports(store)`` makes the ways to peers.
+        """``mesh`` has an axis "model" and defaults to the first device.
 
-        ``listen`` ("host:port", port 0 for any) accepts links from other processes that know the ``secret``.
-        ``on_arrival`` is called on the pool's thread.
+        Pools of one process that share an ``exchange`` reach each other; ``listen`` ("host:port", port 0 for any)
+        accepts links from other processes that know the ``secret``, over shared memory or TCP. ``transports(store)``
+        makes other ways instead. ``on_arrival`` is called on the pool's thread. Raises ConfigError.
         """
         if listen is not None and not secret:
             raise ConfigError("a pool that listens needs a secret that its peers know too")
@@ -101,9 +107,8 @@ class MemPool:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._routes: dict[str, Callable[[bytes], None]] = {}
         self._failure: BaseException | None = None
-        self.node = PoolNode(
-            blocks, store, arena, transports(store), self._inbox.put, self._send, on_arrival, timeout_s, lease_s
-        )
+        ways = transports(store) if transports is not None else _ways(store, exchange, secret)
+        self.node = PoolNode(blocks, store, arena, ways, self._inbox.put, self._send, on_arrival, timeout_s, lease_s)
         self._thread = threading.Thread(target=self._run, name=f"pool-{instance}", daemon=True)
         self._thread.start()
         self._socket: SocketLink | None = None
@@ -324,3 +329,15 @@ class MemPool:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _ways(store: PageStore, exchange: LocalExchange | None, secret: bytes) -> list[Transport]:
+    """How blocks can come here: within the process, and from others that know the secret."""
+    ways: list[Transport] = []
+    if exchange is not None:
+        ways.append(LocalTransport(exchange, store.checksums))
+    if secret:
+        if sys.platform == "linux":
+            ways.append(staged_shm(secret))
+        ways.append(staged_tcp(secret))
+    return ways

@@ -10,7 +10,17 @@ from typing import Any, NoReturn
 
 import yaml
 
-from jmemserve.config import BlockLayout, ClusterSpec, EngineConfig, Granularity, LoadFormat, Switch, Warmup, parse_mesh
+from jmemserve.config import (
+    BlockLayout,
+    ClusterSpec,
+    EngineConfig,
+    Granularity,
+    LoadFormat,
+    SwapPolicy,
+    Switch,
+    Warmup,
+    parse_mesh,
+)
 from jmemserve.errors import ConfigError
 
 OFF = "off"
@@ -84,6 +94,7 @@ _ENGINE = (
     _engine_flag("memory_utilization", float, "share of device memory for weights and KV together"),
     _engine_flag("kv_cache_tokens", int, "size of the KV pool in tokens, instead of --memory-utilization"),
     _engine_flag("host_memory_gb", float, "KV in host memory, in GiB per instance; 0: none"),
+    _engine_flag("swap", SwapPolicy, "use host memory while it costs less than computing again, or always"),
     _engine_flag("block_layout", BlockLayout, "how KV pages lie in device memory"),
     _engine_flag("transfer_granularity", Granularity, "how the bytes of moving blocks are cut"),
     _engine_flag("block_checksums", Switch, "compare the bytes of moved blocks with what they were"),

@@ -5,14 +5,14 @@ import pytest
 from engine_driver import Driver, tiny_model
 from oracle import naive_generate
 
-from jmemserve.config import BlockLayout, LoadFormat, Switch, parse_mesh
+from jmemserve.config import BlockLayout, LoadFormat, SwapPolicy, Switch, parse_mesh
 from jmemserve.engine.mesh import make_mesh
 from jmemserve.kvpool import Granularity
 from jmemserve.models import load_config, weights
 from jmemserve.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
-DRAM = {"host_memory_gb": 0.01, "kv_cache_tokens": 160, "max_model_len": 100}
+DRAM = {"host_memory_gb": 0.01, "swap": SwapPolicy.ALWAYS, "kv_cache_tokens": 160, "max_model_len": 100}
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +100,20 @@ def test_a_salts_quota_bounds_what_it_keeps(model, truth) -> None:
             driver.finish(output)
             assert output.tokens == truth(prompt, 10)
         assert driver.cluster.loads()[0].cached_blocks <= 8
+
+
+def test_swapping_stops_where_it_costs_more_than_computing(model, truth) -> None:
+    """A model so small that a block is computed faster than it is brought back: the tokens are the same."""
+    prompts = make_prompts(9)
+    expected = [truth(prompt, 10) for prompt in prompts]
+    with Driver(model, "colocated", **(DRAM | {"swap": SwapPolicy.AUTO})) as driver:
+        instance = driver.cluster._instances["colocated0"]
+        for _ in range(2):
+            assert driver.generate(prompts, GREEDY) == expected
+        for _ in range(20):  # swaps have become slow
+            instance._costs.swap(1, 10.0)
+        assert driver.generate(prompts, GREEDY) == expected
+        before = instance.pool.stats()
+        assert driver.generate(prompts, GREEDY) == expected
+        after = instance.pool.stats()
+        assert after.swapped_in == before.swapped_in and not instance.pool.swaps.enabled

@@ -66,7 +66,7 @@ class PoolNode:
         self._pools = [ThreadPoolExecutor(2, f"{blocks.instance}-{what}") for what in ("ship", "land", "swap")]
         ship, land, swap = self._pools
         self._shipper = Shipper(store, arena, ship, post, self._ticket, self.abort)
-        self._swapper = Swapper(blocks.swaps, store, arena, swap, post)
+        self.swapper = Swapper(blocks.swaps, store, arena, swap, post)
         self._lander = Lander(store, arena, land, post, self.flush, self._landed)
         self._transfers: dict[str, tuple[Transfer, Granularity]] = {}
         self.remote = Remote(blocks, self.peers, send, timeout_s, lease_s)
@@ -124,7 +124,7 @@ class PoolNode:
 
     def when_over(self, orders: Sequence[Swap], call: Callable[[Exception | None], None]) -> None:
         """Call back when these orders are over, with the first error among them."""
-        self._swapper.when_over(orders, call)
+        self.swapper.when_over(orders, call)
 
     def transfer(
         self,
@@ -226,7 +226,7 @@ class PoolNode:
 
     def flush(self) -> None:
         """Enqueue the reads of all swap orders. To be called before anything else writes to the pages."""
-        self._swapper.flush()
+        self.swapper.flush()
 
     def write(self, addresses: Sequence[BlockAddress], blocks: np.ndarray) -> None:
         """Put bytes into blocks that the caller holds: [n, L, 2, K, C, H]. Waits for host memory, not for the device.
@@ -235,7 +235,7 @@ class PoolNode:
         """
         self.blocks.require_held(addresses)
         self.flush()
-        self._swapper.forget(address.index for address in addresses if address.medium is Medium.DRAM)
+        self.swapper.forget(address.index for address in addresses if address.medium is Medium.DRAM)
         write_blocks(self.store, self.arena, addresses, blocks)
 
     def read(self, addresses: Sequence[BlockAddress]) -> np.ndarray:
@@ -369,7 +369,7 @@ class PoolNode:
 
     def _land(self, land: tx.Land) -> None:
         try:
-            self._swapper.forget(address.index for address in land.blocks if address.medium is Medium.DRAM)
+            self.swapper.forget(address.index for address in land.blocks if address.medium is Medium.DRAM)
             transport, endpoint = self.peers.way(land.source, land.ticket.get("way"))
             self._lander.land(land, transport, endpoint)
         except (TransferError, UnknownInstance) as error:

@@ -1,6 +1,7 @@
 """The bytes that move between the two media of one instance, with a checksum that stays beside each block in DRAM."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 
@@ -39,6 +40,7 @@ class Swapper:
         self._left: dict[int, int] = {}  # pieces of each order that are not over
         self._errors: dict[int, Exception] = {}
         self._waiting: list[_Waiting] = []
+        self.on_swapped_in: Callable[[int, float], None] = lambda blocks, seconds: None  # for who weighs costs
 
     def flush(self) -> None:
         """Enqueue all orders that were given."""
@@ -85,6 +87,7 @@ class Swapper:
 
     def _in(self, swap: Swap, hbm: tuple[int, ...], dram: tuple[int, ...]) -> None:
         """On a worker: bring the bytes to the device and see that they are what was kept."""
+        began = time.monotonic()
         try:
             assert self._arena is not None, "a swap without an arena"
             piece = self._arena.read(dram, self._store.sharding)
@@ -93,11 +96,19 @@ class Swapper:
             caught = error
             self._post(lambda: self._over(swap, caught))
             return
-        self._post(lambda: self._came_in(swap, hbm, dram, piece, sums))
+        seconds = time.monotonic() - began
+        self._post(lambda: self._came_in(swap, hbm, dram, piece, sums, seconds))
 
     def _came_in(
-        self, swap: Swap, hbm: tuple[int, ...], dram: tuple[int, ...], piece: jax.Array, sums: list[int]
+        self,
+        swap: Swap,
+        hbm: tuple[int, ...],
+        dram: tuple[int, ...],
+        piece: jax.Array,
+        sums: list[int],
+        seconds: float,
     ) -> None:
+        self.on_swapped_in(len(dram), seconds)
         for block, got in zip(dram, sums, strict=False):
             kept = self._sums.get(block, got)  # what landed in DRAM by a transfer was checked then
             if kept != got:
