@@ -22,11 +22,12 @@ def mesh() -> Mesh:
     return make_mesh(parse_mesh("colocated")[0], 1)
 
 
-def test_no_step_copies_the_pages(tmp_path, mesh: Mesh) -> None:
+@pytest.mark.parametrize("aggregated", [True, False])
+def test_no_step_copies_the_pages(tmp_path, mesh: Mesh, aggregated: bool) -> None:
     folder = tiny_model(tmp_path)
     config = load_config(folder)
     graph, state = weights.load(folder, LoadFormat.DUMMY, config, "float32", mesh, 0, lambda done, total: None)
-    layout = PageLayout(config.num_layers, config.num_kv_heads, 16, config.head_dim, "float32")
+    layout = PageLayout(config.num_layers, config.num_kv_heads, 16, config.head_dim, "float32", aggregated)
     shapes = step_shapes(True, True, 4, 64)
     temporary = []
     for num_blocks in (200, 2000):  # what a step needs beside them must not grow with the pages
