@@ -1,4 +1,4 @@
-"""The engine with its pages of all layers together or one array per layer: the time of a prefill and of a decode step."""
+"""The engine with pages of all layers together or one array per layer: time to a first token, and of a decode step."""
 
 from engine import Driver
 from pool_parts.rows import Part, Row, median

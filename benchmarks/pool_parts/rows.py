@@ -25,10 +25,8 @@ class Aim:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
-        sign = ">=" if self.at_least else "<="
-        return (
-            f"{'pass' if self.met else 'FAIL'}  {self.what}: {self.value:.3g} {self.unit} (aim {sign} {self.limit:g})"
-        )
+        verdict, sign = "pass" if self.met else "FAIL", ">=" if self.at_least else "<="
+        return f"{verdict}  {self.what}: {self.value:.3g} {self.unit} (aim {sign} {self.limit:g})"
 
 
 @dataclasses.dataclass(slots=True)

@@ -26,8 +26,6 @@ class Owner:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         blocks = BlockPool("a", 1, num_blocks, layout.block_size, num_blocks)
         store = PageStore(layout, num_blocks, mesh)
-        store.warm_up()
-        arena.warm_up(store.sharding, store.sizes)
         self.node = PoolNode(
             blocks, store, arena, (), self._inbox.put, lambda peer, message: None, lambda arrived: None
         )

@@ -31,18 +31,21 @@ def measure(repeats: int, quick: bool, ways: Ways, names: tuple[str, ...], layou
             part.remarks.append(f"{name} stopped: {error}")
         if rows:
             part.tables[f"{name}, {pair.processes} process{'es' * (pair.processes > 1)}"] = rows
-            if name in NEAR_WAYS:
+            if name in NEAR_WAYS and rows[-1]["blocks"] == max(counts):
                 part.aims += _aims(name, rows, part.tables["limits"][0]["copy_gb_s"])
     part.tables["limits"].append(limits.measure(repeats, quick))  # again, to show how steady the machine was
-    part.remarks.append(f"a block is {layout.bytes_per_block / 1024:.0f} KiB; limits before and after")
+    part.remarks.append(
+        f"a block is {layout.bytes_per_block / 1024:.0f} KiB; limits before and after; local "
+        "bare HBM to HBM on CPU without checksums gives memory a second name: no byte moves"
+    )
     return part
 
 
 def _aims(name: str, rows: list[Row], copy: float) -> list[Aim]:
-    """The best size from HBM to HBM, with checksums."""
-    mine = [row for row in rows if row["from"] == row["to"] == "HBM"]
+    """Of the largest size, from HBM to HBM."""
+    largest = [row for row in rows if row["from"] == row["to"] == "HBM"][-1]
     return [
-        Aim(f"{name}, {what}, of a memory copy", max(row[column] for row in mine) / copy, AIM, "times", at_least=True)
+        Aim(f"{name}, {what}, of a memory copy", largest[column] / copy, AIM, "times", at_least=True)
         for what, column in (
             ("transfer verb", "verb_gb_s"),
             ("bare transport", "bare_gb_s"),

@@ -65,9 +65,11 @@ def run(backend: str, seed: int, rows, size: int, window: int | None, num_tokens
         pages = write_kv(pages, 1, ragged.slots, new_kv[0], new_kv[1])
         return attention_backend(backend)(q, pages, 1, ragged, window)
 
-    out = np.asarray(call(q, pages, ragged, new_kv))
     used = sum(new for _, new in rows)
-    np.testing.assert_allclose(out[:used], expected(q, rows, keys, window), rtol=2e-5, atol=2e-6)
+    discrete = tuple(pages[:, layer] for layer in range(LAYERS))
+    for layout in (pages, discrete):
+        out = np.asarray(call(q, layout, ragged, new_kv))
+        np.testing.assert_allclose(out[:used], expected(q, rows, keys, window), rtol=2e-5, atol=2e-6)
 
 
 BACKENDS = ["xla", "reference"]
