@@ -62,7 +62,7 @@ class Client:
     """A blocking client. Threads may share it. Close it, or use it in a ``with`` statement."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS):
-        self._channel = grpc.insecure_channel(address, OPTIONS)
+        self._channel = grpc.insecure_channel(_check_address(address), OPTIONS)
         self._inference, self._control = pb_grpc.InferenceStub(self._channel), pb_grpc.ControlStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -153,7 +153,7 @@ class AsyncClient:
     """The same for asyncio. ``inference``, ``control`` and ``health`` are the stubs, for what else they can do."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS):
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._channel = grpc.aio.insecure_channel(_check_address(address), options=OPTIONS)
         self.inference, self.control = pb_grpc.InferenceStub(self._channel), pb_grpc.ControlStub(self._channel)
         self.health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -246,6 +246,15 @@ def _errors() -> Iterator[None]:
         # Both kinds of clients have these three; the base class of grpc declares none of them.
         code, details, trailers = error.code(), error.details(), error.trailing_metadata()
         raise error_of(code, details or "", [(key, value) for key, value in trailers or ()]) from error
+
+
+def _check_address(address: str) -> str:
+    """HOST:PORT, or a target in gRPC's own form such as ``unix:`` and ``dns:``. Raises InvalidRequest."""
+    host, _, port = address.rpartition(":")
+    own_form = address.split(":")[0] in ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "xds", "vsock")
+    if not own_form and not (host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise InvalidRequest(f"the address of a server is HOST:PORT, with a port from 1 to 65535, not {address!r}")
+    return address
 
 
 def _need_int(item: object) -> int:

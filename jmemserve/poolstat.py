@@ -11,7 +11,9 @@ from jmemserve.client import DEFAULT_ADDRESS, Client
 from jmemserve.errors import JmemserveError
 from jmemserve.types import MediumReport, PoolReport
 
-BAR = 24  # characters
+WIDTH = 80  # characters of a line
+BAR = 20  # characters
+MAX_WATCH_S = 86_400
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,8 +23,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--watch", type=float, metavar="SECONDS", help="print again every so many seconds")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     arguments = parser.parse_args(argv)
-    if arguments.watch is not None and not arguments.watch > 0:
-        parser.error(f"--watch must be above 0 seconds, not {arguments.watch:g}")
+    if arguments.watch is not None and not 0 < arguments.watch <= MAX_WATCH_S:
+        parser.error(f"--watch must be above 0 and at most {MAX_WATCH_S} seconds, not {arguments.watch:g}")
     try:
         with Client(arguments.address) as client:
             while True:
@@ -62,7 +64,7 @@ def table(pool: PoolReport) -> str:
     lines.append(f"  swapped    {pool.swapped_out:,} out, {pool.swapped_in:,} in, {pool.swaps} orders under way")
     lines.append(f"  transfers  {pool.transfers_out} out and {pool.transfers_in} in under way")
     lines.append(f"             {_size(pool.bytes_out)} out, {_size(pool.bytes_in)} in")
-    lines.append(f"             {pool.transfer_calls:,} transfer calls, {pool.network_calls:,} network calls")
+    lines.append(f"  calls      of transfers {pool.transfer_calls:,}, of the network {pool.network_calls:,}")
     lines.append(
         f"  faults     {pool.failed_transfers:,} failed, {pool.corrupt:,} corrupt, {pool.dropped:,} messages dropped"
     )
@@ -74,8 +76,8 @@ def table(pool: PoolReport) -> str:
     if pool.oldest:
         ages = ", ".join(f"{age:.0f} s ({blocks})" for age, blocks in pool.oldest[:5])
         lines.append(f"  oldest     {ages:.66}")
-    lines.append(f"  events     {pool.last_event:,}")
-    return "\n".join(lines)
+    lines.append(f"  events     the next is number {pool.last_event + 1:,}")
+    return "\n".join(line[:WIDTH] for line in lines)
 
 
 def _medium(medium: MediumReport) -> str:
@@ -83,8 +85,9 @@ def _medium(medium: MediumReport) -> str:
     held = -(-BAR * medium.held // total)
     cached = min(BAR - held, -(-BAR * medium.cached // total))
     bar = "#" * held + "+" * cached + "." * (BAR - held - cached)
+    used = 100 * (medium.held + medium.cached) / total
     counts = f"{medium.held:,} held {medium.cached:,} cached {medium.free:,} free"
-    return f"  {medium.medium:5}{_size(medium.bytes):>8} [{bar}] {counts}"
+    return f"  {medium.medium:5}{_size(medium.bytes):>8} [{bar}] {used:3.0f}% {counts}"
 
 
 def _size(num_bytes: int) -> str:

@@ -102,6 +102,8 @@ class Cluster:
             for target in instances:
                 if source is not target:
                     self._try_link(source, target)
+        for one in instances:
+            one.node.tally.reset()
 
     def _try_link(self, source: Instance, target: Instance) -> None:
         sizes, room = source.runner.store.sizes, min(source.pool.room(), target.pool.room())

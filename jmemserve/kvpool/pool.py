@@ -254,7 +254,7 @@ class MemPool:
             try:
                 message = MESSAGES.decode(raw)
             except TransferError:
-                self.node.dropped += 1
+                self.node.tally.dropped += 1
                 return
             self.node.handle(peer, message)
 
@@ -264,7 +264,7 @@ class MemPool:
         try:
             self._routes[peer](MESSAGES.encode(message))
         except TransferError:  # the link is down, and says so in its own time
-            self.node.dropped += 1
+            self.node.tally.dropped += 1
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """``python -m jmemserve.poolstat`` against a real server."""
 
 import asyncio
+import dataclasses
 import json
 
 import pytest
@@ -22,7 +23,7 @@ def run(model: Model, *arguments: str, opened: bool = True) -> int:
 def test_a_table_of_every_instance(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(model) == 0
     out = capsys.readouterr().out
-    assert "[#####++++++++...........] 2 held 3 cached 5 free" in out
+    assert "[####++++++..........]  50% 2 held 3 cached 5 free" in out
     assert "40.0 % of 100 tokens, 10 from DRAM" in out
     assert "decode0: 3 blocks, 12 s left" in out and "decode0 by local" in out
     assert "empty" in out and "nothing was looked up yet" in out
@@ -39,11 +40,13 @@ def test_json(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
 def test_while_loading_and_without_a_server(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(model, opened=False) == 1
     assert "still loading" in capsys.readouterr().err
-    assert main(["127.0.0.1:1"]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    for address in ("127.0.0.1:1", "127.0.0.1:99999", "nonsense", ":50051", "127.0.0.1:x"):
+        assert main([address]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("watch", ["0", "-1", "nan"])
+@pytest.mark.parametrize("watch", ["0", "-1", "nan", "inf"])
 def test_a_bad_period_is_refused(watch: str) -> None:
     with pytest.raises(SystemExit):
         main(["--watch", watch])
@@ -51,5 +54,7 @@ def test_a_bad_period_is_refused(watch: str) -> None:
 
 def test_a_large_pool_fits_into_80_columns() -> None:
     media = (MediumReport("HBM", 10**6, 1, 10**6 - 2, 1, 10**13), MediumReport("DRAM", 10**7, 10**7, 0, 0, 10**14))
-    report = PoolReport("x" * 20, media, query_tokens=10**12, hit_tokens=10**12, dram_hit_tokens=10**12)
+    counts = {field.name: 10**13 for field in dataclasses.fields(PoolReport) if field.type in (int, "int")}
+    full = (*media, MediumReport("DRAM", 10**9, 10**8, 4 * 10**8, 5 * 10**8, 10**15))
+    report = PoolReport("x" * 200, full, oldest=((1e9, 10**9),) * 9, peers=(("y" * 99, "z" * 99),), **counts)
     assert max(map(len, table(report).splitlines())) <= 80

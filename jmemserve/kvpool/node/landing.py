@@ -9,6 +9,7 @@ import jax
 from jmemserve.errors import TransferError
 from jmemserve.kvpool.address import Medium
 from jmemserve.kvpool.arena import HostArena
+from jmemserve.kvpool.node.tally import Tally
 from jmemserve.kvpool.store import PageStore
 from jmemserve.kvpool.transfer import WHOLE, Land
 from jmemserve.kvpool.transports import PieceSpec, Transport
@@ -30,10 +31,11 @@ class Lander:
         post: Callable[[Callable[[], None]], None],
         before_write: Callable[[], None],
         over: Callable[[Land, Exception | None], None],
+        tally: Tally,
     ):
         self._store, self._arena, self._before_write = store, arena, before_write
         self._workers, self._post, self._over = workers, post, over
-        self.bytes = 0
+        self._tally = tally
 
     def land(self, land: Land, transport: Transport, endpoint: Mapping[str, Any]) -> None:
         """Fetch these bytes and write them into their blocks. Raises TransferError if the ticket is not one."""
@@ -87,5 +89,5 @@ class Lander:
                 self._store.scatter(numbers, array)
             else:
                 self._store.scatter_part(numbers, *divmod(land.part, 2), array)
-        self.bytes += nbytes
+        self._tally.bytes_in += nbytes
         self._over(land, None)

@@ -27,6 +27,7 @@ from jmemserve.kvpool.node.peers import Peer, Peers
 from jmemserve.kvpool.node.remote import Remote
 from jmemserve.kvpool.node.shipping import Shipper
 from jmemserve.kvpool.node.swapper import Swapper
+from jmemserve.kvpool.node.tally import Tally
 from jmemserve.kvpool.stats import NodeStats
 from jmemserve.kvpool.store import PageStore
 from jmemserve.kvpool.swaps import Swap
@@ -57,6 +58,7 @@ class PoolNode:
         flags: Flags = Flags.NONE,
     ):
         self.blocks, self.store, self.arena = blocks, store, arena
+        self.tally = Tally()
         self.peers = Peers(blocks, store, transports)
         self.sender = tx.Sender(blocks)
         self.receiver = tx.Receiver(blocks, timeout_s)
@@ -65,13 +67,12 @@ class PoolNode:
         self._granularity, self._flags = granularity, flags  # of transfers that ask for nothing else
         self._pools = [ThreadPoolExecutor(2, f"{blocks.instance}-{what}") for what in ("ship", "land", "swap")]
         ship, land, swap = self._pools
-        self._shipper = Shipper(store, arena, ship, post, self._ticket, self.abort)
+        self._shipper = Shipper(store, arena, ship, post, self._ticket, self.abort, self.tally)
         self.swapper = Swapper(blocks.swaps, store, arena, swap, post)
-        self._lander = Lander(store, arena, land, post, self.flush, self._landed)
+        self._lander = Lander(store, arena, land, post, self.flush, self._landed, self.tally)
         self._transfers: dict[str, tuple[Transfer, Granularity]] = {}
-        self.remote = Remote(blocks, self.peers, send, timeout_s, lease_s)
+        self.remote = Remote(blocks, self.peers, send, timeout_s, lease_s, self.tally)
         self._renewed = 0.0
-        self.dropped = self.corrupt = self.failed_transfers = 0
 
     # -- the paper's verbs ---------------------------------------------------------------------------------------------
 
@@ -201,7 +202,7 @@ class PoolNode:
         )
         moving = Transfer(offer.transfer_id, instance)
         self._transfers[offer.transfer_id] = moving, cut
-        self._shipper.counts.transfer_calls += offer.parts
+        self.tally.transfer_calls += offer.parts
         self._send(instance, offer)
         return moving
 
@@ -276,18 +277,18 @@ class PoolNode:
         now = time.monotonic()
         known = self.peers.known(peer)
         if known is None:
-            self.dropped += 1
+            self.tally.dropped += 1
             return
         match message:
             case tx.Offer() | tx.Data() | tx.Close() | tx.Cancel():
                 if isinstance(message, tx.Offer | tx.Cancel) and message.source != peer:
-                    self.dropped += 1
+                    self.tally.dropped += 1
                 else:
                     self._do(self.receiver.on(message, now))
             case tx.Accept() | tx.Refuse() | tx.Done() | tx.Landed():
                 moving, _ = self._transfers.get(message.transfer_id, (None, None))
                 if moving is None or moving.destination != peer:
-                    self.dropped += 1
+                    self.tally.dropped += 1
                     return
                 self._do(self.sender.on(message, now))
                 if isinstance(message, tx.Landed):
@@ -301,7 +302,7 @@ class PoolNode:
             case tx.Allocated():
                 self.remote.on(peer, message, now)
             case _:
-                self.dropped += 1
+                self.tally.dropped += 1
 
     def poll(self, now: float) -> None:
         """What time demands: deadlines, leases, renewals, copies to DRAM made ahead. ``now`` as time.monotonic()."""
@@ -328,18 +329,14 @@ class PoolNode:
 
     def stats(self) -> NodeStats:
         """Counts for people and metrics."""
-        dropped = self.dropped + self.remote.dropped + self.sender.dropped + self.receiver.dropped
+        counts = dataclasses.asdict(self.tally)
+        counts["dropped"] += self.sender.dropped + self.receiver.dropped
         return NodeStats(
             transfers_out=len(self.sender),
             transfers_in=len(self.receiver),
-            **dataclasses.asdict(self._shipper.counts),
-            bytes_in=self._lander.bytes,
-            dropped=dropped,
-            corrupt=self.corrupt,
-            expired_leases=self.remote.expired,
-            failed=self.failed_transfers,
             staged_bytes=self._shipper.staged_bytes,
             swaps=len(self.blocks.swaps),
+            **counts,
         )
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -379,7 +376,7 @@ class PoolNode:
         if error is None:
             self._do(self.receiver.landed(land, time.monotonic()))
             return
-        self.corrupt += isinstance(error, CorruptBlock)
+        self.tally.corrupt += isinstance(error, CorruptBlock)
         self._do(self.receiver.failed(land, f"{type(error).__name__}: {error}"))
 
     def _ticket(self, transfer_id: str, start: int, stop: int, part: int, ticket: dict[str, object]) -> None:
@@ -396,5 +393,5 @@ class PoolNode:
                     self.remote.got(moving.destination, targets)
                 moving.future.set_result(list(targets))
             else:
-                self.failed_transfers += 1
+                self.tally.failed += 1
                 moving.future.set_exception(TransferError(f"transfer to {moving.destination}: {error}"))

@@ -13,6 +13,7 @@ from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.address import BlockAddress, Medium
 from jmemserve.kvpool.blocks import BlockPool
 from jmemserve.kvpool.node.peers import Peers
+from jmemserve.kvpool.node.tally import Tally
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Remote:
         send: Callable[[str, tx.Message], None],
         timeout_s: float,
         lease_s: float,
+        tally: Tally,
     ):
         self._blocks, self._peers, self._send = blocks, peers, send
         self._timeout_s, self._lease_s = timeout_s, lease_s
@@ -41,8 +43,7 @@ class Remote:
         self._number = 0
         self._abroad: dict[str, set[BlockAddress]] = {}  # what peers hold for us
         self._leases: dict[str, float] = {}  # until when what we hold for a peer is its own
-        self.dropped = 0
-        self.expired = 0  # blocks freed because nobody renewed their lease
+        self._tally = tally
 
     # -- ours, elsewhere -----------------------------------------------------------------------------------------------
 
@@ -115,13 +116,13 @@ class Remote:
                     try:
                         self._blocks.free_mem([address], owner=peer)
                     except PoolError:
-                        self.dropped += 1
+                        self._tally.dropped += 1
                 if not self._blocks.owned().get(peer):
                     self._leases.pop(peer, None)
             case tx.Allocated():
                 call = self._calls.get(message.call_id)
                 if call is None or call.peer != peer:
-                    self.dropped += 1
+                    self._tally.dropped += 1
                     if message.addresses and not message.reason:  # it came too late: nobody wants them
                         self._send(peer, tx.Free(self._blocks.instance, self._blocks.epoch, message.addresses))
                 elif message.reason:
@@ -136,7 +137,7 @@ class Remote:
             self._fail(call_id, TransferError(f"no answer for {self._timeout_s:g} s"))
         for peer in [peer for peer, limit in self._leases.items() if now >= limit]:
             del self._leases[peer]
-            self.expired += self._blocks.free_owned_by(peer)
+            self._tally.expired_leases += self._blocks.free_owned_by(peer)
 
     def link_lost(self, peer: str) -> None:
         """No answer will come from there."""

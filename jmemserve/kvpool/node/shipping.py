@@ -14,20 +14,12 @@ from typing import Any
 from jmemserve.errors import TransferError
 from jmemserve.kvpool.address import BlockAddress, Medium
 from jmemserve.kvpool.arena import HostArena
+from jmemserve.kvpool.node.tally import Tally
 from jmemserve.kvpool.store import PageStore
 from jmemserve.kvpool.transfer import WHOLE, Granularity, Ship
 from jmemserve.kvpool.transports import Piece, Transport
 
 STAGING_BYTES = 128 << 20  # published and not yet landed, at most; one piece may be more
-
-
-@dataclasses.dataclass(slots=True)
-class Counts:
-    """What left, since the start."""
-
-    transfer_calls: int = 0  # transfers times parts
-    network_calls: int = 0  # contiguous runs of bytes handed to a transport
-    bytes_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,6 +48,7 @@ class Shipper:
         post: Callable[[Callable[[], None]], None],
         sent: Callable[[str, int, int, int, dict[str, Any]], None],
         failed: Callable[[str, str], None],
+        tally: Tally,
     ):
         self._store, self._arena = store, arena
         self._workers, self._post, self._sent, self._failed = workers, post, sent, failed
@@ -63,7 +56,7 @@ class Shipper:
         self._staged: dict[str, dict[tuple[int, int], _Job]] = {}  # by transfer, by (start, part): read, not yet landed
         self._staged_bytes = 0
         self._keys = 0
-        self.counts = Counts()
+        self._tally = tally
 
     def ship(self, ship: Ship, transport: Transport, granularity: Granularity, checksum: bool) -> None:
         """Read and publish these blocks, all parts of them, in pieces."""
@@ -106,8 +99,8 @@ class Shipper:
             job = self._queue.popleft()
             self._staged.setdefault(job.transfer_id, {})[job.start, job.part] = job
             self._staged_bytes += job.nbytes
-            self.counts.network_calls += job.frames
-            self.counts.bytes_out += job.nbytes
+            self._tally.network_calls += job.frames
+            self._tally.bytes_out += job.nbytes
             self._workers.submit(self._publish, job, self._read(job))
 
     def _stretches(self, ship: Ship) -> list[tuple[int, int]]:
