@@ -407,54 +407,88 @@ def test_any_disorder_for_long(data):
 
 
 def disorder(data):
-    """Messages are dropped, doubled, delayed and reordered; time passes; transfers are aborted."""
-    p, d = Side("p", num_blocks=24), Side("d", num_blocks=data.draw(st.integers(4, 24)), max_in_flight=3, dram_blocks=8)
+    """Messages are dropped, doubled, delayed and reordered, bytes corrupted; time passes; transfers are aborted; blocks
+    stream; prefixes are deleted and split under way; either side is killed and comes back in another life."""
+    draw, blocks_of_d = data.draw, data.draw(st.integers(4, 24))
+    p, d = Side("p", num_blocks=24), Side("d", num_blocks=blocks_of_d, max_in_flight=3, dram_blocks=8)
     air: list[tuple[Side, object]] = []
     everything: list[tuple[Side, object]] = []
     ended_at_p: dict[str, str] = {}
+    open_streams: dict[str, int] = {}  # id -> blocks, begun with none of them ready
     now, ids = 0.0, []
 
     def fly(side, messages):
         air.extend((side, message) for message in messages)
         everything.extend((side, message) for message in messages)
 
-    for _ in range(data.draw(st.integers(5, 40))):
-        what = data.draw(st.sampled_from("offer deliver deliver deliver deliver drop double late tick abort".split()))
+    weather = "offer deliver deliver deliver deliver drop double late tick abort stream write tidy kill".split()
+    for _ in range(draw(st.integers(5, 40))):
+        what = draw(st.sampled_from(weather))
         if what == "offer" and p.pool.room() >= 4:
-            length = data.draw(st.integers(1, 16))
-            branch = data.draw(st.integers(0, 1))
-            flags = data.draw(st.sampled_from([tx.Flags.CLAIM, tx.Flags.CLAIM | tx.Flags.MIXED]))
-            offer = p.offer([branch, *range(1, length)], now=now, flags=flags, parts=data.draw(st.sampled_from([1, 2])))
+            length = draw(st.integers(1, 16))
+            branch = draw(st.integers(0, 1))
+            flags = draw(st.sampled_from([tx.Flags.CLAIM, tx.Flags.CLAIM | tx.Flags.MIXED]))
+            stream = {"ready": 0} if draw(st.booleans()) else {}
+            tokens = [branch, *range(1, length)]
+            offer = p.offer(tokens, now=now, flags=flags, parts=draw(st.sampled_from([1, 2])), **stream)
+            if stream:
+                open_streams[offer.transfer_id] = offer.num_blocks
             ids.append(offer.transfer_id)
             fly(d, [offer])
+        elif what == "stream" and open_streams:
+            stream = draw(st.sampled_from(sorted(open_streams)))
+            fly(d, p.do(p.sender.more(stream, open_streams.pop(stream), now), now))
+        elif what == "write":  # writes at the destination take time, and end in any order
+            d.slow = not d.slow
+            while d.writing and draw(st.booleans()):
+                fly(p, d.land(d.writing.pop(draw(st.integers(0, len(d.writing) - 1))), now))
+        elif what == "tidy":
+            d.pool.delete([draw(st.integers(0, 1)), *range(1, C)])
+            prefix = [0, *range(1, C), *range(50, 50 + C)][: min(2, d.pool.room()) * C]
+            branch = d.write(prefix)
+            d.pool.insert(prefix, branch)  # splits what it meets
+            d.pool.free_mem(branch)
+        elif what == "kill" and draw(st.booleans()):
+            gone = "p" if draw(st.booleans()) else "d"
+            if gone == "p":
+                d.receiver.drop_peer("p")
+                p, ids = Side("p", num_blocks=24, epoch=p.pool.epoch + 1), []
+                open_streams.clear()
+            else:
+                p.sender.drop_peer("d")
+                d = Side("d", num_blocks=blocks_of_d, epoch=d.pool.epoch + 1, max_in_flight=3, dram_blocks=8)
+            ended_at_p.clear()  # who is dead agrees with nobody
         elif what == "tick":
-            now += data.draw(st.sampled_from([1.0, 6.0]))
+            now += draw(st.sampled_from([1.0, 6.0]))
             fly(d, [send.message for send in p.sender.expire(now)])
             fly(p, [send.message for send in d.receiver.expire(now)])
         elif what == "abort" and ids:
-            victim = data.draw(st.sampled_from(ids))
-            if data.draw(st.booleans()):
+            victim = draw(st.sampled_from(ids))
+            if draw(st.booleans()):
                 fly(d, [send.message for send in p.sender.abort(victim)])
             else:
                 fly(p, [send.message for send in d.receiver.abort(victim)])
         elif what == "late" and everything:
-            air.append(data.draw(st.sampled_from(everything)))
+            air.append(draw(st.sampled_from(everything)))
         elif air:
-            position = data.draw(st.integers(0, len(air) - 1))
+            position = draw(st.integers(0, len(air) - 1))
             side, message = air[position]
             if what != "double":
                 air.pop(position)
-            if isinstance(message, tx.Data) and data.draw(st.integers(0, 9)) == 0:
+            side = p if side.name == "p" else d  # whoever has the address now
+            if isinstance(message, tx.Data) and draw(st.integers(0, 9)) == 0:
                 message = dataclasses.replace(message, ticket={"bytes": None})  # its bytes will come corrupted
             if what != "drop":
                 known = side is p and p.sender.has(message.transfer_id)
-                fly(p if side is d else d, side.handle(message, now, piece=data.draw(st.integers(1, 3))))
+                fly(p if side is d else d, side.handle(message, now, piece=draw(st.integers(1, 3))))
                 if known and not p.sender.has(message.transfer_id):
                     ended_at_p[message.transfer_id] = type(message).__name__
         for side in (p, d):
             side.pool.check()
     for transfer_id, how in ended_at_p.items():  # the two sides agree whenever the source got an answer
         assert (how == "Done") == (transfer_id in d.claimed), f"{transfer_id}: {how}, {list(d.claimed)}"
+    while d.writing:
+        d.land(d.writing.pop(), now)
     for _ in range(2):
         now += 2 * TIMEOUT_S
         p.sender.expire(now)
@@ -471,6 +505,25 @@ def test_a_doubled_piece_is_written_once():
     assert d.handle(first, 0.0) == [] and d.receiver.dropped == 1
     wide = dataclasses.replace(second, start=1, stop=3)
     assert d.receiver.on(wide, 0.0) == [] and d.receiver.dropped == 2
+
+
+def test_lesson_9_a_run_that_splits_during_a_transfer_moves_no_pin():
+    p, d = sides(num_blocks=8)
+    run(p, d, p.offer([*range(16)]))
+    d.free_claimed()
+    [accept] = d.handle(p.offer([*range(22)]), 0.0)
+    assert accept.have == 4
+    branch = d.pool.alloc_mem(2)
+    d.pool.insert([*range(4), 90, 91, 92, 93], branch)  # parts the run that the transfer holds
+    d.pool.free_mem(branch)
+    d.pool.alloc_mem(d.pool.room(), owner="x")  # whatever is not held goes
+    for message in p.handle(accept, 0.0):
+        for answer in d.handle(message, 0.0):
+            p.handle(answer, 0.0)
+    assert len(d.claimed) == 1
+    d.pool.free_owned_by("x")
+    p.check_quiet()
+    d.check_quiet()
 
 
 # -- streams, parts, destinations --------------------------------------------------------------------------------------
