@@ -81,6 +81,19 @@ def resolve_dtype(engine: EngineConfig, config: ModelConfig) -> str:
     return "bfloat16"
 
 
+def check_host_memory(engine: EngineConfig, num_instances: int) -> None:
+    """Raise ConfigError if the machine has less memory than the pools may take of it."""
+    wanted, have = (
+        engine.host_memory_gb * num_instances,
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
+    )
+    if wanted > have:
+        raise ConfigError(
+            f"--host-memory-gb {engine.host_memory_gb:g} for each of {num_instances} instances is more than the "
+            f"{have:.1f} GiB of this machine; lower it"
+        )
+
+
 def build(
     spec: InstanceSpec,
     engine: EngineConfig,

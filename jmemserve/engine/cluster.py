@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from jmemserve.config import ClusterSpec
-from jmemserve.engine.build import build, model_folder, read_model_config
+from jmemserve.engine.build import build, check_host_memory, model_folder, read_model_config
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
 from jmemserve.engine.instance import Instance, Message
 from jmemserve.engine.mesh import describe_devices, make_mesh
@@ -74,6 +74,7 @@ class Cluster:
             check_arithmetic(make_mesh(self.spec.instances[0], self.spec.num_devices))
         for line in grid:
             self._report.line(f"    {line}")
+        check_host_memory(engine, len(self.spec.instances))
         epoch, exchange = time.time_ns(), LocalExchange()
         limits = []
         for spec in self.spec.instances:

@@ -104,7 +104,7 @@ class Instance:
         return InstanceLoad(
             instance=self.spec.name,
             role=self.spec.role.value,
-            running=len(scheduler.running),
+            running=len(scheduler.running) + len(scheduler.loading),
             waiting=len(scheduler.waiting),
             leaving=len(scheduler.leaving),
             free_blocks=stats.hbm.free,
