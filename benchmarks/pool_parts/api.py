@@ -24,7 +24,7 @@ PAPER_MATCH = {
     64: (1.8, 7.6, 11, 15, 30, 34, 25, 29, 34, 46, 41),
 }
 PROMPT = 256  # blocks of each prompt that fills the tree
-Kinds = dict[str, Callable[[np.ndarray], object]]
+Kinds = dict[str, Callable[[np.ndarray], list[int] | np.ndarray]]
 KINDS: Kinds = {"list": lambda tokens: tokens.tolist(), "int32": lambda tokens: tokens}
 
 

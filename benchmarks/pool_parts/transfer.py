@@ -1,5 +1,6 @@
 """Bytes from pool to pool, and by the bare transport, beside a memory copy and a bare socket."""
 
+import functools
 from time import perf_counter
 
 from pool_parts import limits
@@ -64,7 +65,7 @@ def _row(pair: Pair, count: int, source: Medium, target: Medium, repeats: int) -
         pair.near.transfer("b", blocks, places, flags).result(120)
 
     for column, flags in (("verb_gb_s", Flags.NONE), ("verb_unchecked_gb_s", Flags.NO_CHECKSUM)):
-        times = [seconds(lambda flags=flags: send(flags)) for _ in range(repeats + 1)]
+        times = [seconds(functools.partial(send, flags)) for _ in range(repeats + 1)]
         row[column] = nbytes / median(times[1:]) / 1e9
         row[column.replace("gb_s", "ms")] = 1e3 * median(times[1:])
     row["verb_checksum_cost"] = row["verb_unchecked_gb_s"] / row["verb_gb_s"] - 1

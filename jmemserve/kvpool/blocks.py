@@ -138,8 +138,7 @@ class BlockPool:
         blocks = ledger.take(n)
         if owner is not None:
             self._owners.add(blocks if medium is HBM else [-block for block in blocks], owner)
-        address = ledger.address
-        return [address(block) for block in blocks]
+        return ledger.name(blocks)
 
     def free_mem(self, addresses: Sequence[BlockAddress], owner: str | None = None) -> None:
         """Give back one reference on each address; blocks in the index become cached, others free (paper 4.1).
@@ -170,9 +169,12 @@ class BlockPool:
         locations = self._refs.live(addresses)
         self._refs.hold(locations)
 
-    def check_owned(self, addresses: Sequence[BlockAddress], owner: str) -> None:
-        """Raise like ``free_mem`` unless each address was allocated with this owner."""
-        self._refs.freeable(addresses, owner)
+    def check_exclusive(self, addresses: Sequence[BlockAddress], owner: str) -> None:
+        """Raise unless this owner, and nobody else, may write these blocks: like ``free_mem`` if one was not allocated
+        with this owner, InvalidAddresses if one is in the index or somebody else holds it too."""
+        for location in self._refs.freeable(addresses, owner):
+            if location in self._index or self._refs.count(location) > 1:
+                raise InvalidAddresses(f"{self._refs.address(location)} is in use: in the index, or by a transfer")
 
     def free_owned_by(self, owner: str) -> int:
         """Give back every reference allocated with this owner (a dead peer, say) and return how many there were."""

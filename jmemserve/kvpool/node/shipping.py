@@ -94,14 +94,20 @@ class Shipper:
         return self._staged_bytes
 
     def pump(self) -> None:
-        """Read as many waiting pieces as may be staged."""
-        while self._queue and (self._staged_bytes == 0 or self._staged_bytes + self._queue[0].nbytes <= STAGING_BYTES):
-            job = self._queue.popleft()
-            self._staged.setdefault(job.transfer_id, {})[job.start, job.part] = job
-            self._staged_bytes += job.nbytes
-            self._tally.network_calls += job.frames
-            self._tally.bytes_out += job.nbytes
-            self._workers.submit(self._publish, job, self._read(job))
+        """Read the next waiting piece, if one more may be staged, and come back for the others.
+
+        One at a time: a read may take the owner's thread a while, and what was read before is to be announced first.
+        """
+        if not self._queue or self._staged_bytes and self._staged_bytes + self._queue[0].nbytes > STAGING_BYTES:
+            return
+        job = self._queue.popleft()
+        self._staged.setdefault(job.transfer_id, {})[job.start, job.part] = job
+        self._staged_bytes += job.nbytes
+        self._tally.network_calls += job.frames
+        self._tally.bytes_out += job.nbytes
+        self._workers.submit(self._publish, job, self._read(job))
+        if self._queue:
+            self._post(self.pump)
 
     def _stretches(self, ship: Ship) -> list[tuple[int, int]]:
         """Cut where a medium changes on either side, and into sizes that the store has programs for."""

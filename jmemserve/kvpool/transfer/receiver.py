@@ -29,6 +29,8 @@ from jmemserve.kvpool.transfer.messages import (
 )
 
 MAX_REMEMBERED = 4096  # transfers whose end is remembered
+MAX_PARTS = 4096  # of an offer: no model has half as many layers
+MAX_TOKEN = 2**31 - 1  # the index keeps token ids as int32
 
 
 @dataclasses.dataclass(slots=True)
@@ -141,17 +143,18 @@ class Receiver:
         tokens = () if offer.tokens is None else offer.tokens
         whole, total = len(tokens) // pool.block_size, offer.num_blocks
         named = len(set(offer.destination))
-        if total < whole or named not in (0, total) or offer.parts < 1:
-            return self._refuse(
-                offer, f"{total} blocks and {named} different addresses do not fit {len(tokens)} tokens"
-            )
+        if total < whole or named not in (0, total) or not 1 <= offer.parts <= MAX_PARTS:
+            reason = f"{total} blocks in {offer.parts} parts and {named} different addresses"
+            return self._refuse(offer, f"{reason} do not fit {len(tokens)} tokens")
+        if tokens and not -MAX_TOKEN - 1 <= min(tokens) <= max(tokens) <= MAX_TOKEN:
+            return self._refuse(offer, f"token ids are not within {-MAX_TOKEN - 1}..{MAX_TOKEN}")
         if len(self._transfers) >= self._max_in_flight:
             return self._refuse(offer, f"{self._max_in_flight} transfers are under way to {pool.instance}")
         delta = offer.insert and not offer.destination and not offer.flags & Flags.ALL_BLOCKS
         with pool.hold(tokens, offer.salt, whole if delta else 0, offer.adapter) as match:
             try:
                 if offer.destination:
-                    pool.check_owned(offer.destination, offer.source)
+                    pool.check_exclusive(offer.destination, offer.source)
                     pool.share(offer.destination)
                     fresh = list(offer.destination)
                 else:
@@ -171,7 +174,7 @@ class Receiver:
             self.dropped += 1
             return []
         offer, first = transfer.offer, len(transfer.cached)
-        row = 0 if offer.parts == 1 and data.part == WHOLE else data.part
+        row = data.part if offer.parts > 1 else data.part - WHOLE
         if not (first <= data.start < data.stop <= offer.num_blocks and 0 <= row < offer.parts):
             self.dropped += 1
             return []

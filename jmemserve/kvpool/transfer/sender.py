@@ -21,6 +21,7 @@ from jmemserve.kvpool.transfer.messages import (
     Data,
     Done,
     Flags,
+    Free,
     Landed,
     Message,
     Offer,
@@ -197,7 +198,7 @@ class Sender:
             if transfer.state is _State.SENT:
                 transfer.state, transfer.deadline = _State.ASKED, now + transfer.timeout_s
             else:
-                self._end(transfer, reason)
+                sends += self._give_up(transfer, reason)
         return sends
 
     def abort(self, transfer_id: str, reason: str = "aborted") -> list[Send]:
@@ -206,8 +207,7 @@ class Sender:
         if transfer is None:
             return []
         reason = f"{reason} at {self._pool.instance}"
-        self._end(transfer, reason)
-        return [self._cancel(transfer, reason)]
+        return [self._cancel(transfer, reason), *self._give_up(transfer, reason)]
 
     def drop_peer(self, destination: str) -> list[str]:
         """The instance is gone: end every transfer to it and return their ids."""
@@ -233,12 +233,24 @@ class Sender:
             work.append(Send(transfer.destination, Close(offer.transfer_id, offer.epoch, transfer.private)))
         return work
 
+    def _give_up(self, transfer: _Outgoing, reason: str) -> list[Send]:
+        """End a transfer without waiting for what the destination says to Cancel."""
+        self._end(transfer, reason)
+        if transfer.state not in (_State.SENT, _State.ASKED) or not _keeps(transfer.offer):
+            return []
+        # It may be done over there, and the blocks ours by name; if it was not, Cancel ended it and Free finds nothing.
+        pool = self._pool
+        return [Send(transfer.destination, Free(pool.instance, pool.epoch, transfer.targets))]
+
     def _cancel(self, transfer: _Outgoing, reason: str) -> Send:
         return Send(transfer.destination, Cancel(transfer.offer.transfer_id, self._pool.instance, reason))
 
     def _end(self, transfer: _Outgoing, error: str | None) -> None:
         del self._transfers[transfer.offer.transfer_id]
-        offer = transfer.offer
-        ours = not offer.insert and not offer.destination and not offer.flags & Flags.CLAIM
-        self.ended.append((offer.transfer_id, error, transfer.targets, ours))
+        self.ended.append((transfer.offer.transfer_id, error, transfer.targets, _keeps(transfer.offer)))
         self._pool.free_mem(transfer.blocks)
+
+
+def _keeps(offer: Offer) -> bool:
+    """Are the blocks at the destination the source's once the transfer is done, without having been before?"""
+    return not offer.insert and not offer.destination and not offer.flags & Flags.CLAIM
