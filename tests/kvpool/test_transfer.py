@@ -1,139 +1,15 @@
 """The transfer machines: the orderly way, every disorderly one, and the field's lessons that apply."""
 
 import dataclasses
-from collections import deque
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
+from transfer_world import TIMEOUT_S, C, Side, kinds, run, sides
 
-from jmemserve.kvpool import BlockPool, Medium
+from jmemserve.errors import StaleAddress
+from jmemserve.kvpool import Medium
 from jmemserve.kvpool import transfer as tx
-
-C = 4
-TIMEOUT_S = 10.0
-
-
-class Side:
-    """One instance: its pool, both tables, and what its 'device' would hold per block, part by part."""
-
-    def __init__(self, name: str, num_blocks: int = 16, epoch: int = 1, max_in_flight: int = 8, dram_blocks: int = 0):
-        self.name = name
-        self.pool = BlockPool(name, epoch, num_blocks, C, dram_blocks)
-        self.sender = tx.Sender(self.pool)
-        self.receiver = tx.Receiver(self.pool, timeout_s=TIMEOUT_S, max_in_flight=max_in_flight)
-        self.bytes: dict[tuple, object] = {}  # (medium, index, part) -> prefix that the bytes stand for
-        self.claimed: dict[str, list] = {}
-        self.arrived: list[tx.Arrived] = []
-        self.writing: list[tx.Land] = []  # begun and not over, while `slow`
-        self.slow = False
-
-    def write(self, tokens):
-        """Blocks with these tokens' contents, held."""
-        addresses = self.pool.alloc_mem(-(-len(tokens) // C))
-        for number, address in enumerate(addresses):
-            for part in (tx.WHOLE, 0, 1):
-                self.bytes[address.medium, address.index, part] = tuple(tokens[: (number + 1) * C])
-        return addresses
-
-    def offer(self, tokens, to="d", now=0.0, flags=tx.Flags.CLAIM, insert=True, **kwargs):
-        blocks = self.write(tokens)
-        whole = len(tokens) // C
-        self.pool.insert(tokens[: whole * C], blocks[:whole])
-        kwargs.setdefault("private", repr(list(tokens)).encode())
-        return self.sender.start(
-            destination=to,
-            tokens=tuple(tokens),
-            insert=insert,
-            blocks=blocks,
-            now=now,
-            timeout_s=TIMEOUT_S,
-            flags=flags,
-            **kwargs,
-        )
-
-    def handle(self, message, now, piece=2):
-        """Do what an engine does; returns what goes to the other side."""
-        if isinstance(message, tx.Accept | tx.Refuse | tx.Done | tx.Landed):
-            return self.do(self.sender.on(message, now), now, piece)
-        return self.do(self.receiver.on(message, now), now, piece)
-
-    def do(self, work, now, piece=2):
-        out = []
-        for item in work:
-            match item:
-                case tx.Send():
-                    out.append(item.message)
-                case tx.Ship():
-                    out += self.ship(item, now, piece)
-                case tx.Land():
-                    if self.slow:
-                        self.writing.append(item)
-                    else:
-                        out += self.land(item, now)
-                case tx.Arrived():
-                    self.arrive(item)
-        return out
-
-    def ship(self, ship, now, piece):
-        out = []
-        parts = self.sender._transfers[ship.transfer_id].offer.parts
-        for part in [tx.WHOLE] if parts == 1 else range(parts):
-            for start in range(0, len(ship.sources), piece):
-                sources = ship.sources[start : start + piece]
-                ticket = {"bytes": [self.bytes[a.medium, a.index, part] for a in sources]}
-                first = ship.start + start
-                work = self.sender.data(ship.transfer_id, first, first + len(sources), part, ticket, now)
-                out += self.do(work, now, piece)
-        return out
-
-    def land(self, land, now):
-        """The write is over; a ticket without bytes is one that failed."""
-        if land.ticket["bytes"] is None:
-            return self.do(self.receiver.failed(land, "corrupt"), now)
-        for block, content in zip(land.blocks, land.ticket["bytes"], strict=True):
-            self.bytes[block.medium, block.index, land.part] = content
-        return self.do(self.receiver.landed(land, now), now)
-
-    def arrive(self, arrived):
-        self.arrived.append(arrived)
-        if not arrived.blocks:
-            return
-        assert arrived.transfer_id not in self.claimed, "adopted twice"
-        tokens = eval(arrived.private)
-        for number, block in enumerate(arrived.blocks):
-            expected = tuple(tokens[: (number + 1) * C])
-            got = {self.bytes.get((block.medium, block.index, part)) for part in (tx.WHOLE, 0)}
-            assert expected in got, f"somebody else's bytes: {expected} not in {got}"
-        self.claimed[arrived.transfer_id] = list(arrived.blocks)
-
-    def free_claimed(self):
-        for blocks in self.claimed.values():
-            self.pool.free_mem(blocks)
-        self.claimed.clear()
-
-    def check_quiet(self):
-        self.free_claimed()
-        self.pool.check()
-        assert (len(self.sender), len(self.receiver), self.pool.held) == (0, 0, 0), repr(self.pool)
-
-
-def sides(**kwargs):
-    return Side("p"), Side("d", **kwargs)
-
-
-def run(p, d, offer, now=0.0):
-    """Deliver everything in order; returns all messages."""
-    log, queue = [], deque([(d, offer)])
-    while queue:
-        side, message = queue.popleft()
-        log.append(message)
-        queue.extend((p if side is d else d, answer) for answer in side.handle(message, now))
-    return log
-
-
-def kinds(log):
-    return [type(message).__name__ for message in log]
 
 
 def test_the_orderly_way_moves_a_sequence():
@@ -175,11 +51,27 @@ def test_more_than_max_in_flight_are_refused():
     assert isinstance(d.handle(p.offer([3, 4]), 0.0)[0], tx.Refuse)
 
 
-def test_an_offer_whose_numbers_disagree_is_refused():
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_blocks": 3},  # fewer than the tokens fill
+        {"num_blocks": -1, "tokens": None},
+        {"num_blocks": 1 << 60},
+        {"parts": 0},
+        {"parts": -1},
+        {"parts": 1 << 40},
+        {"tokens": (1 << 31,) * 18},
+        {"tokens": (0,) * 17 + (-(1 << 40),)},
+    ],
+    ids=str,
+)
+def test_an_offer_with_odd_numbers_is_refused_and_changes_nothing(change):
     p, d = sides()
-    bad = dataclasses.replace(p.offer([*range(18)]), num_blocks=3)
-    assert isinstance(d.handle(bad, 0.0)[0], tx.Refuse)
-    assert d.pool.held == 0
+    [answer] = d.handle(dataclasses.replace(p.offer([*range(18)]), **change), 0.0)
+    assert isinstance(answer, tx.Refuse)
+    p.handle(answer, 0.0)
+    p.check_quiet()
+    d.check_quiet()
 
 
 def test_tokens_are_findable_only_after_the_bytes_are_in_place():
@@ -339,20 +231,55 @@ def test_the_receiver_can_give_up():
     d.check_quiet()
 
 
-@pytest.mark.parametrize("start, stop", [(0, 4), (1, 3), (2, 1), (2, 2), (-1, 1)])
-def test_data_with_wrong_numbers_is_dropped(start, stop):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start": 0},  # is cached there
+        {"start": -1, "stop": 1},
+        {"stop": 4},
+        {"start": 2, "stop": 1},
+        {"start": 2, "stop": 2},
+        {"epoch": 2},
+        {"part": 0},  # all layers come together
+        {"part": 1},
+        {"part": -2},
+    ],
+    ids=str,
+)
+def test_data_with_wrong_numbers_is_dropped(change):
     p, d = sides()
     run(p, d, p.offer([*range(4)]))
     [accept] = d.handle(p.offer([*range(12)]), 0.0)  # has 1, lacks 1 and 2
     data, close = p.handle(accept, 0.0)
-    if (start, stop) == (1, 3):
-        bad = dataclasses.replace(data, epoch=2)
-    else:
-        bad = dataclasses.replace(data, start=start, stop=stop)
-    assert d.receiver.on(bad, 0.0) == [] and d.receiver.dropped == 1
-    assert d.receiver.on(dataclasses.replace(data, part=1), 0.0) == [] and d.receiver.dropped == 2
-    assert d.handle(close, 0.0) == [] and d.receiver.dropped == 3  # before its data
-    assert [type(message) for message in (*d.handle(data, 0.0), *d.handle(close, 0.0))] == [tx.Landed, tx.Done]
+    assert (data.start, data.stop, data.part) == (1, 3, tx.WHOLE)
+    assert d.receiver.on(dataclasses.replace(data, **change), 0.0) == [] and d.receiver.dropped == 1
+    assert kinds([*d.handle(data, 0.0), *d.handle(close, 0.0)]) == ["Landed", "Done"]
+
+
+@pytest.mark.parametrize("part", [tx.WHOLE, 2, -2])
+def test_data_of_a_part_that_was_not_offered_is_dropped(part):
+    p, d = sides()
+    [accept] = d.handle(p.offer([*range(8)], parts=2), 0.0)
+    keys, values, close = p.handle(accept, 0.0)
+    assert d.receiver.on(dataclasses.replace(keys, part=part), 0.0) == [] and d.receiver.dropped == 1
+    for message in (keys, values, close):
+        d.handle(message, 0.0)
+    assert len(d.claimed) == 1
+
+
+def test_a_close_before_its_data_is_dropped():
+    p, d = sides()
+    [accept] = d.handle(p.offer([*range(12)]), 0.0)
+    first, second, close = p.handle(accept, 0.0)
+    d.handle(first, 0.0)
+    assert d.handle(close, 0.0) == [] and d.receiver.dropped == 1
+    other = dataclasses.replace(close, epoch=2)
+    d.handle(second, 0.0)
+    assert d.handle(other, 0.0) == [] and d.receiver.dropped == 2
+    [done] = d.handle(close, 0.0)
+    p.handle(done, 0.0)
+    p.check_quiet()
+    d.check_quiet()
 
 
 def test_lesson_9_a_transferred_block_keeps_its_pin_when_its_prefix_is_deleted():
@@ -391,110 +318,6 @@ def test_lesson_14_a_restarted_source_voids_its_former_life():
     for data in p.handle(accept, 0.0):
         assert d.handle(data, 0.0) == []
     assert d.handle(p.offer([9]), 0.0) == []  # an offer of the former life
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_any_disorder_ends_with_nothing_held(data):
-    disorder(data)
-
-
-@pytest.mark.slow
-@settings(max_examples=5000, deadline=None)
-@given(st.data())
-def test_any_disorder_for_long(data):
-    disorder(data)
-
-
-def disorder(data):
-    """Messages are dropped, doubled, delayed and reordered, bytes corrupted; time passes; transfers are aborted; blocks
-    stream; prefixes are deleted and split under way; either side is killed and comes back in another life."""
-    draw, blocks_of_d = data.draw, data.draw(st.integers(4, 24))
-    p, d = Side("p", num_blocks=24), Side("d", num_blocks=blocks_of_d, max_in_flight=3, dram_blocks=8)
-    air: list[tuple[Side, object]] = []
-    everything: list[tuple[Side, object]] = []
-    ended_at_p: dict[str, str] = {}
-    open_streams: dict[str, int] = {}  # id -> blocks, begun with none of them ready
-    now, ids = 0.0, []
-
-    def fly(side, messages):
-        air.extend((side, message) for message in messages)
-        everything.extend((side, message) for message in messages)
-
-    weather = "offer deliver deliver deliver deliver drop double late tick abort stream write tidy kill".split()
-    for _ in range(draw(st.integers(5, 40))):
-        what = draw(st.sampled_from(weather))
-        if what == "offer" and p.pool.room() >= 4:
-            length = draw(st.integers(1, 16))
-            branch = draw(st.integers(0, 1))
-            flags = draw(st.sampled_from([tx.Flags.CLAIM, tx.Flags.CLAIM | tx.Flags.MIXED]))
-            stream = {"ready": 0} if draw(st.booleans()) else {}
-            tokens = [branch, *range(1, length)]
-            offer = p.offer(tokens, now=now, flags=flags, parts=draw(st.sampled_from([1, 2])), **stream)
-            if stream:
-                open_streams[offer.transfer_id] = offer.num_blocks
-            ids.append(offer.transfer_id)
-            fly(d, [offer])
-        elif what == "stream" and open_streams:
-            stream = draw(st.sampled_from(sorted(open_streams)))
-            fly(d, p.do(p.sender.more(stream, open_streams.pop(stream), now), now))
-        elif what == "write":  # writes at the destination take time, and end in any order
-            d.slow = not d.slow
-            while d.writing and draw(st.booleans()):
-                fly(p, d.land(d.writing.pop(draw(st.integers(0, len(d.writing) - 1))), now))
-        elif what == "tidy":
-            d.pool.delete([draw(st.integers(0, 1)), *range(1, C)])
-            prefix = [0, *range(1, C), *range(50, 50 + C)][: min(2, d.pool.room()) * C]
-            branch = d.write(prefix)
-            d.pool.insert(prefix, branch)  # splits what it meets
-            d.pool.free_mem(branch)
-        elif what == "kill" and draw(st.booleans()):
-            gone = "p" if draw(st.booleans()) else "d"
-            if gone == "p":
-                d.receiver.drop_peer("p")
-                p, ids = Side("p", num_blocks=24, epoch=p.pool.epoch + 1), []
-                open_streams.clear()
-            else:
-                p.sender.drop_peer("d")
-                d = Side("d", num_blocks=blocks_of_d, epoch=d.pool.epoch + 1, max_in_flight=3, dram_blocks=8)
-            ended_at_p.clear()  # who is dead agrees with nobody
-        elif what == "tick":
-            now += draw(st.sampled_from([1.0, 6.0]))
-            fly(d, [send.message for send in p.sender.expire(now)])
-            fly(p, [send.message for send in d.receiver.expire(now)])
-        elif what == "abort" and ids:
-            victim = draw(st.sampled_from(ids))
-            if draw(st.booleans()):
-                fly(d, [send.message for send in p.sender.abort(victim)])
-            else:
-                fly(p, [send.message for send in d.receiver.abort(victim)])
-        elif what == "late" and everything:
-            air.append(draw(st.sampled_from(everything)))
-        elif air:
-            position = draw(st.integers(0, len(air) - 1))
-            side, message = air[position]
-            if what != "double":
-                air.pop(position)
-            side = p if side.name == "p" else d  # whoever has the address now
-            if isinstance(message, tx.Data) and draw(st.integers(0, 9)) == 0:
-                message = dataclasses.replace(message, ticket={"bytes": None})  # its bytes will come corrupted
-            if what != "drop":
-                known = side is p and p.sender.has(message.transfer_id)
-                fly(p if side is d else d, side.handle(message, now, piece=draw(st.integers(1, 3))))
-                if known and not p.sender.has(message.transfer_id):
-                    ended_at_p[message.transfer_id] = type(message).__name__
-        for side in (p, d):
-            side.pool.check()
-    for transfer_id, how in ended_at_p.items():  # the two sides agree whenever the source got an answer
-        assert (how == "Done") == (transfer_id in d.claimed), f"{transfer_id}: {how}, {list(d.claimed)}"
-    while d.writing:
-        d.land(d.writing.pop(), now)
-    for _ in range(2):
-        now += 2 * TIMEOUT_S
-        p.sender.expire(now)
-        d.receiver.expire(now)
-    p.check_quiet()
-    d.check_quiet()
 
 
 def test_a_doubled_piece_is_written_once():
@@ -585,7 +408,7 @@ def test_blocks_can_go_where_the_source_has_them_allocated():
     offer = p.offer([*range(12)], flags=tx.Flags.NONE, insert=False, targets=tuple(theirs))
     log = run(p, d, offer)
     assert kinds(log)[-1] == "Done" and log[1].addresses == tuple(theirs)
-    assert [d.bytes[a.medium, a.index, tx.WHOLE][-1] for a in theirs] == [3, 7, 11]
+    assert [d.get(address) for address in theirs] == [[tuple(range(n))] * 2 for n in (4, 8, 12)]
     assert d.pool.owned() == {"p": 3}  # they stay the source's
     assert p.sender.ended[-1][3] is False
     d.pool.free_owned_by("p")
@@ -593,29 +416,165 @@ def test_blocks_can_go_where_the_source_has_them_allocated():
     d.check_quiet()
 
 
-@pytest.mark.parametrize("how", ["another's", "nobody's", "stale", "twice", "too few"])
+@pytest.mark.parametrize(
+    "how", ["another's", "nobody's", "stale", "twice", "one more, twice", "too few", "of another instance"]
+)
 def test_wrong_destinations_are_refused_and_change_nothing(how):
     p, d = sides()
     owner = "q" if how == "another's" else "p"
     theirs = d.pool.alloc_mem(3, owner=None if how == "nobody's" else owner)
     if how == "stale":
         d.pool.free_mem(theirs, owner="p")
-    targets = {"twice": (theirs[0], theirs[0], theirs[1]), "too few": tuple(theirs[:2])}.get(how, tuple(theirs))
+    targets = {
+        "twice": (theirs[0], theirs[0], theirs[1]),
+        "one more, twice": (*theirs, theirs[0]),
+        "too few": tuple(theirs[:2]),
+        "of another instance": tuple(address._replace(instance="e") for address in theirs),
+    }.get(how, tuple(theirs))
     before = repr(d.pool)
     log = run(p, d, p.offer([*range(12)], targets=targets))
     assert kinds(log) == ["Offer", "Refuse"] and repr(d.pool) == before
-    d.pool.check()
+    d.check()
     p.check_quiet()
 
 
-def test_blocks_under_other_tokens_cannot_be_a_destination_of_an_insert():
+@pytest.mark.parametrize("insert", [True, False])
+def test_blocks_that_can_be_found_are_no_destination(insert):
+    """Whoever found them would read somebody else's bytes."""
     p, d = sides()
     theirs = d.pool.alloc_mem(1, owner="p")
-    d.pool.insert([90, 91, 92, 93], theirs)
-    log = run(p, d, p.offer([*range(4)], targets=tuple(theirs)))
-    assert kinds(log)[-1] == "Refuse" and "other tokens" in log[-1].reason
-    d.pool.check()
+    run(p, d, p.offer([90, 91, 92, 93], flags=tx.Flags.NONE, targets=tuple(theirs)))
+    assert d.pool.peek([90, 91, 92, 93, 0]) == 4 and d.pool.owned() == {"p": 1}
+    log = run(p, d, p.offer([*range(4)], targets=tuple(theirs), insert=insert))
+    assert kinds(log) == ["Offer", "Refuse"] and "in the index" in log[1].reason
+    d.check()
     d.pool.free_owned_by("p")
+    p.check_quiet()
+    d.check_quiet()
+
+
+def test_lesson_1_a_destination_with_a_write_under_way_is_refused():
+    p, d = sides()
+    theirs = tuple(d.pool.alloc_mem(1, owner="p"))
+    d.slow = True
+    first = p.offer([*range(4)], targets=theirs)
+    [accept] = d.handle(first, 0.0)
+    d.handle(p.handle(accept, 0.0)[0], 0.0)
+    assert kinds(d.handle(p.offer([*range(50, 54)], targets=theirs), 0.0)) == ["Refuse"]
+    d.receiver.abort(first.transfer_id)
+    assert kinds(d.handle(p.offer([*range(50, 54)], targets=theirs), 0.0)) == ["Refuse"]  # it is still being written
+    d.land(d.writing.pop(), 0.0)
+    d.slow = False
+    [accept] = d.handle(p.offer([*range(50, 54)], targets=theirs), 0.0)
+    for message in p.handle(accept, 0.0):
+        d.handle(message, 0.0)
+    assert d.get(theirs[0]) == [(50, 51, 52, 53)] * 2
+    d.pool.free_mem(theirs, owner="p")
+    p.sender.expire(1e9)
+    p.sender.expire(2e9)
+    p.check_quiet()
+    d.check_quiet()
+
+
+def test_a_destination_given_back_meanwhile_stays_out_of_other_hands():
+    p, d = sides(num_blocks=1)
+    theirs = tuple(d.pool.alloc_mem(1, owner="p"))
+    [accept] = d.handle(p.offer([*range(4)], targets=theirs), 0.0)
+    d.handle(tx.Free("p", 1, theirs), 0.0)
+    assert d.pool.owned() == {} and d.pool.room() == 0
+    for message in p.handle(accept, 0.0):
+        for answer in d.handle(message, 0.0):
+            p.handle(answer, 0.0)
+    assert d.pool.peek([*range(5)]) == 4
+    p.check_quiet()
+    d.check_quiet()
+
+
+def test_claimed_destinations_are_shared_by_owner_and_source():
+    p, d = sides()
+    theirs = tuple(d.pool.alloc_mem(2, owner="p"))
+    run(p, d, p.offer([*range(8)], targets=theirs))
+    assert list(d.claimed.values()) == [[*theirs]] and d.pool.owned() == {"p": 2}
+    d.pool.free_owned_by("p")
+    assert d.pool.held == 2  # the claimant's
+    p.check_quiet()
+    d.check_quiet()
+
+
+# -- whose blocks are ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_only_transferred_is_the_sources_by_name_but_not_before_it_is_done():
+    p, d = sides()
+    [accept] = d.handle(p.offer([*range(8)], flags=tx.Flags.NONE, insert=False), 0.0)
+    data, close = p.handle(accept, 0.0)
+    d.handle(data, 0.0)
+    assert d.pool.owned() == {}
+    with pytest.raises(StaleAddress):
+        d.pool.free_mem(accept.addresses, owner="p")
+    [done] = d.handle(close, 0.0)
+    p.handle(done, 0.0)
+    [(_, error, targets, ours)] = p.sender.ended
+    assert (error, targets, ours) == (None, accept.addresses, True)
+    assert d.pool.owned() == {"p": 2} and d.pool.peek([*range(9)]) == 0
+    assert d.pool.free_owned_by("p") == 2 and d.pool.free == 16
+    p.check_quiet()
+    d.check_quiet()
+
+
+@pytest.mark.parametrize("done_there", [True, False])
+@pytest.mark.parametrize("how", ["abort", "deadlines"])
+def test_a_source_that_gives_up_after_close_gives_back_what_may_be_its_own_by_now(how, done_there):
+    """Nobody else would: to the destination they are an allocation of a living peer."""
+    p, d = sides()
+    offer = p.offer([*range(8)], flags=tx.Flags.NONE, insert=False)
+    [accept] = d.handle(offer, 0.0)
+    sent = p.handle(accept, 0.0)
+    if done_there:
+        for message in sent:
+            d.handle(message, 0.0)  # the answers are lost
+        assert d.pool.owned() == {"p": 2}
+    if how == "abort":
+        sends = p.sender.abort(offer.transfer_id)
+    else:
+        sends = [*p.sender.expire(TIMEOUT_S), *p.sender.expire(2 * TIMEOUT_S)]
+    assert kinds([send.message for send in sends]) == ["Cancel", "Free"]
+    for send in sends:
+        for answer in d.handle(send.message, 20.0):
+            p.handle(answer, 20.0)
+    assert len(p.sender.ended) == 1 and p.sender.ended[0][1] is not None
+    p.check_quiet()
+    d.check_quiet()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"flags": tx.Flags.NONE}], ids=["claimed", "cached"])
+def test_a_source_that_gives_up_frees_nothing_that_is_not_its_own(kwargs):
+    p, d = sides()
+    offer = p.offer([*range(8)], **kwargs)
+    [accept] = d.handle(offer, 0.0)
+    p.handle(accept, 0.0)
+    assert kinds([send.message for send in p.sender.abort(offer.transfer_id)]) == ["Cancel"]
+
+
+def test_host_memory_that_is_full_refuses():
+    p, d = sides(dram_blocks=2)
+    for flags, tokens in ((tx.Flags.DRAM, range(12)), (tx.Flags.MIXED, range(19 * C))):
+        log = run(p, d, Side("p", 32, p.pool.epoch + tokens[-1]).offer([*tokens], flags=flags))
+        assert kinds(log) == ["Offer", "Refuse"] and "blocks needed" in log[1].reason
+    d.check_quiet()
+    log = run(p, d, p.offer([*range(8)], flags=tx.Flags.DRAM, insert=False))
+    assert kinds(log)[1] == "Refuse"  # of a former life by now
+    p.check_quiet()
+
+
+def test_what_the_quota_of_the_destination_leaves_out_is_free_again():
+    p, d = sides(quota=(2, None))
+    log = run(p, d, p.offer([*range(16)], flags=tx.Flags.NONE))
+    assert kinds(log)[-1] == "Done" and d.pool.peek([*range(17)]) == 8
+    assert (d.pool.held, d.pool.cached, d.pool.free) == (0, 2, 14)
+    run(p, d, p.offer([*range(50, 62)]))  # a claim holds all of them nonetheless
+    assert d.pool.held == 3 and d.pool.peek([*range(50, 63)]) == 8
+    p.check_quiet()
     d.check_quiet()
 
 
@@ -656,12 +615,68 @@ def test_checksums_are_asked_for_unless_waived():
 def test_a_sign_of_life_renews_the_peers_own_transfers_only():
     p, d = sides()
     mine, others = p.offer([1, 2, 3], now=0.0), p.offer([4, 5, 6], to="e", now=0.0)
+    foreign = dataclasses.replace(others, transfer_id="q.1.0", source="q")
     d.handle(mine, 0.0)
-    ids = (mine.transfer_id, others.transfer_id, "?")
+    d.handle(foreign, 0.0)
+    ids = (mine.transfer_id, others.transfer_id, foreign.transfer_id, "?")
     p.sender.renew(ids, "d", 8.0)
-    d.receiver.renew(ids, "q", 8.0)
+    d.receiver.renew(ids, "p", 8.0)
     assert [send.message.transfer_id for send in p.sender.expire(TIMEOUT_S)] == [others.transfer_id]
-    assert len(d.receiver.expire(TIMEOUT_S)) == 1
-    p.sender.expire(1e9)
+    assert [send.message.transfer_id for send in d.receiver.expire(TIMEOUT_S)] == [foreign.transfer_id]
+    assert p.sender.by_peer() == {"d": [mine.transfer_id]} and d.receiver.by_peer() == {"p": [mine.transfer_id]}
+    assert len(p.sender.expire(18.0)) == len(d.receiver.expire(18.0)) == 1
+    p.check_quiet()
+    d.check_quiet()
+
+
+# -- a peer that is gone -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["offered", "accepted", "shipping", "sent", "asked"])
+def test_a_destination_that_is_gone_ends_every_state_of_its_source(state):
+    p, d = sides()
+    offer = p.offer([*range(12)], **({"private": None} if state == "shipping" else {}))
+    other = p.offer([*range(50, 54)], to="e")
+    late = d.handle(offer, 0.0)
+    if state not in ("offered", "accepted"):
+        late += [tx.Done(offer.transfer_id), tx.Landed(offer.transfer_id, 0, tx.WHOLE)]
+        p.handle(late[0], 0.0)
+    if state == "asked":
+        asks = [send.message.transfer_id for send in p.sender.expire(TIMEOUT_S)]
+        assert asks == [offer.transfer_id, other.transfer_id] and len(p.sender) == 1
+    assert p.sender.drop_peer("d") == [offer.transfer_id] and p.sender.drop_peer("d") == []
+    assert p.sender.ended[-1][:2] == (offer.transfer_id, "d is gone")
+    assert p.sender.has(other.transfer_id) == (state != "asked")
+    for message in late:
+        assert p.handle(message, 0.0) == []
+    assert p.sender.dropped == len(late)
+    p.sender.drop_peer("e")
+    p.check_quiet()
+
+
+@pytest.mark.parametrize("state", ["accepted", "writing", "part landed", "all landed", "closed", "over", "done"])
+def test_a_source_that_is_gone_ends_every_state_of_its_destination(state):
+    p, d = sides()
+    offer = p.offer([*range(12)])
+    [accept] = d.handle(offer, 0.0)
+    first, second, close = p.handle(accept, 0.0)
+    d.slow = state in ("writing", "closed", "over")
+    reached = {"accepted": [], "writing": [first, second], "part landed": [first], "all landed": [first, second]}
+    for message in reached.get(state, [first, second, close]):
+        d.handle(message, 0.0)
+    if state == "over":
+        d.receiver.abort(offer.transfer_id)
+    alive = state not in ("over", "done")
+    assert d.receiver.drop_peer("q") == []
+    assert d.receiver.drop_peer("p") == [offer.transfer_id] * alive
+    assert d.receiver.drop_peer("p") == []
+    assert d.pool.held == (3 if d.writing or state == "done" else 0)
+    for land in d.writing:
+        assert d.pool.held == 3  # until the last write is over
+        assert d.land(land, 0.0) == []
+    for message in (offer, first, second, close):
+        assert d.handle(message, 0.0) == []
+    assert bool(d.claimed) == (state == "done") and d.pool.peek([*range(13)]) == (12 if state == "done" else 0)
+    p.sender.drop_peer("d")
     p.check_quiet()
     d.check_quiet()
