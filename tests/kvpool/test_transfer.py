@@ -209,6 +209,32 @@ def test_lesson_4_late_and_unknown_messages_are_counted_and_dropped():
     d.check_quiet()
 
 
+def test_answers_that_do_not_fit_are_dropped():
+    p, d = sides()
+    offer = p.offer([*range(12)], private=None)
+    [accept] = d.handle(offer, 0.0)
+    wrong = [
+        tx.Done(offer.transfer_id),  # of what was not even accepted
+        tx.Landed(offer.transfer_id, 0, tx.WHOLE),
+        dataclasses.replace(accept, epoch=2),
+        dataclasses.replace(accept, have=-1),
+        dataclasses.replace(accept, have=4),
+        dataclasses.replace(accept, addresses=accept.addresses[:2]),
+        offer,
+    ]
+    assert [p.sender.on(message, 0.0) for message in wrong] == [[]] * 7 and p.sender.dropped == 7
+    for message in p.handle(accept, 0.0):
+        d.handle(message, 0.0)
+    for message in (accept, tx.Done(offer.transfer_id)):  # twice, and before Close
+        assert p.handle(message, 0.0) == []
+    assert p.sender.dropped == 9 and p.sender.has(offer.transfer_id)
+    [close] = p.do(p.sender.close(offer.transfer_id, b"", 0.0), 0.0)
+    for answer in d.handle(close, 0.0):
+        p.handle(answer, 0.0)
+    p.check_quiet()
+    d.check_quiet()
+
+
 def test_a_cancel_that_overtakes_its_offer_ends_it():
     p, d = sides()
     offer = p.offer([*range(6)])
@@ -556,15 +582,18 @@ def test_a_source_that_gives_up_frees_nothing_that_is_not_its_own(kwargs):
     assert kinds([send.message for send in p.sender.abort(offer.transfer_id)]) == ["Cancel"]
 
 
-def test_host_memory_that_is_full_refuses():
-    p, d = sides(dram_blocks=2)
-    for flags, tokens in ((tx.Flags.DRAM, range(12)), (tx.Flags.MIXED, range(19 * C))):
-        log = run(p, d, Side("p", 32, p.pool.epoch + tokens[-1]).offer([*tokens], flags=flags))
-        assert kinds(log) == ["Offer", "Refuse"] and "blocks needed" in log[1].reason
-    d.check_quiet()
-    log = run(p, d, p.offer([*range(8)], flags=tx.Flags.DRAM, insert=False))
-    assert kinds(log)[1] == "Refuse"  # of a former life by now
+@pytest.mark.parametrize("flags, count", [(tx.Flags.DRAM, 3), (tx.Flags.MIXED, 4), (tx.Flags.NONE, 3)], ids=str)
+def test_a_medium_that_is_full_refuses(flags, count):
+    p, d = sides(num_blocks=2, dram_blocks=2)
+    if flags & tx.Flags.MIXED:
+        d.pool.alloc_mem(1, Medium.DRAM, owner="x")
+    log = run(p, d, p.offer([*range(count * C)], flags=flags))
+    assert kinds(log) == ["Offer", "Refuse"] and f"{count} blocks needed" in log[1].reason
+    log = run(p, d, p.offer([*range((count - 1) * C)], flags=flags | tx.Flags.CLAIM))
+    assert kinds(log)[-1] == "Done" and d.pool.room(flags.medium) == 0
+    d.pool.free_owned_by("x")
     p.check_quiet()
+    d.check_quiet()
 
 
 def test_what_the_quota_of_the_destination_leaves_out_is_free_again():
