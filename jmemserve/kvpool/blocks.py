@@ -170,11 +170,8 @@ class BlockPool:
         self._refs.hold(locations)
 
     def check_exclusive(self, addresses: Sequence[BlockAddress], owner: str) -> None:
-        """Raise unless this owner, and nobody else, may write these blocks: like ``free_mem`` if one was not allocated
-        with this owner, InvalidAddresses if one is in the index or somebody else holds it too."""
-        for location in self._refs.freeable(addresses, owner):
-            if location in self._index or self._refs.count(location) > 1:
-                raise InvalidAddresses(f"{self._refs.address(location)} is in use: in the index, or by a transfer")
+        """Raise unless this owner alone holds these blocks and nobody can find them: like ``give``."""
+        self._refs.exclusive(addresses, owner)
 
     def free_owned_by(self, owner: str) -> int:
         """Give back every reference allocated with this owner (a dead peer, say) and return how many there were."""

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from jmemserve.errors import StaleAddress
+from jmemserve.errors import InvalidAddresses, StaleAddress
 from jmemserve.kvpool.address import BlockAddress
 from jmemserve.kvpool.index import TokenIndex
 from jmemserve.kvpool.ledger import Ledger
@@ -58,6 +58,17 @@ class References:
                 anonymous = self.count(location) - (location in self.owners) - self.inbound.get(location, 0)
                 if count > anonymous:
                     raise StaleAddress(f"{self.address(location)} is freed {count} times but held {anonymous} times")
+        return locations
+
+    def exclusive(self, addresses: Sequence[BlockAddress], owner: str) -> list[int]:
+        """The locations of addresses that this owner alone holds, and that are not in the index.
+
+        Raises StaleAddress, ForeignAddress or InvalidAddresses.
+        """
+        locations = self.freeable(addresses, owner)
+        for location in locations:
+            if location in self._index or self.count(location) > 1:
+                raise InvalidAddresses(f"{self.address(location)} is in use: it is in the index or held twice")
         return locations
 
     def hold(self, locations: Iterable[int]) -> None:

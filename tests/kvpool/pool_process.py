@@ -9,21 +9,18 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
-jax.config.update("jax_num_cpu_devices", 4)
-
-import numpy as np  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
-
-from jmemserve.kernels.pages import PageLayout  # noqa: E402
-from jmemserve.kvpool import Medium  # noqa: E402
-from jmemserve.kvpool.address import BlockAddress  # noqa: E402
-from jmemserve.kvpool.pool import MemPool  # noqa: E402
-from jmemserve.kvpool.store import PageStore  # noqa: E402
-from jmemserve.kvpool.transfer import Flags, Granularity  # noqa: E402
-from jmemserve.kvpool.transports import Transport  # noqa: E402
-from jmemserve.kvpool.transports.jax_server import JaxServer, JaxTransport  # noqa: E402
-from jmemserve.kvpool.transports.staged import staged_shm, staged_tcp  # noqa: E402
+from jmemserve.kernels.pages import PageLayout
+from jmemserve.kvpool import Medium
+from jmemserve.kvpool.address import BlockAddress
+from jmemserve.kvpool.pool import MemPool
+from jmemserve.kvpool.store import PageStore
+from jmemserve.kvpool.transfer import Flags, Granularity
+from jmemserve.kvpool.transports import Transport
+from jmemserve.kvpool.transports.jax_server import JaxServer, JaxTransport
+from jmemserve.kvpool.transports.staged import staged_shm, staged_tcp
 
 SECRET = b"known to both processes"
 LAYOUT = PageLayout(2, 4, 4, 8, "float32")
@@ -133,6 +130,7 @@ def obey(pool: MemPool, command: dict[str, Any]) -> Any:
 
 
 def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 4)
     name, way, tp, listen = sys.argv[1:5]
     pool = make_pool(name, way, int(tp), listen)
     print(json.dumps({"address": pool.address}), flush=True)
