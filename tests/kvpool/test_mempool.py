@@ -193,6 +193,20 @@ def test_leases(make) -> None:
     b.check()
 
 
+def test_blocks_whose_address_got_lost_run_out(make) -> None:
+    """The answer never came, or was forgotten: a sign of life for other blocks does not keep these."""
+    a, b = make("a", lease_s=0.3), make("b", lease_s=0.3)
+    a.link(b)
+    kept, lost = a.alloc_mem(2, instance="b"), a.alloc_mem(3, instance="b")
+    a._call(lambda: a.node.remote._abroad["b"].difference_update(lost))
+    soon(lambda: held(b) == 2)
+    time.sleep(0.6)
+    assert held(b) == 2 and b.stats()[1].expired_leases == 3
+    a.free_mem(kept)
+    soon(lambda: held(b) == 0)
+    b.check()
+
+
 def test_a_dead_peers_blocks_come_back_when_membership_says_so(two) -> None:
     a, b = two
     a.alloc_mem(3, instance="b")

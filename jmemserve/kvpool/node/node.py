@@ -296,7 +296,7 @@ class PoolNode:
             case tx.Renew() if (message.source, message.epoch) == (peer, known.epoch):
                 self.sender.renew(message.transfer_ids, peer, now)
                 self.receiver.renew(message.transfer_ids, peer, now)
-                self.remote.renewed(peer, now)
+                self.remote.renewed(peer, message.addresses, now)
             case tx.Allocate() | tx.Free() if (message.source, message.epoch) == (peer, known.epoch):
                 self.remote.on(peer, message, now)
             case tx.Allocated():
@@ -355,7 +355,7 @@ class PoolNode:
                 case tx.Land():
                     self._land(item)
                 case tx.Arrived():
-                    self.remote.lease(item.source, time.monotonic())
+                    self.remote.lease(item.source, item.given, time.monotonic())
                     if item.private or item.blocks:
                         self._on_arrival(item)
         self._settle()

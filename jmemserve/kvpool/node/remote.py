@@ -42,7 +42,7 @@ class Remote:
         self._calls: dict[str, _Call] = {}
         self._number = 0
         self._abroad: dict[str, set[BlockAddress]] = {}  # what peers hold for us
-        self._leases: dict[str, float] = {}  # until when what we hold for a peer is its own
+        self._leases: dict[str, dict[BlockAddress, float]] = {}  # what peers have here, and until when
         self._tally = tally
 
     # -- ours, elsewhere -----------------------------------------------------------------------------------------------
@@ -78,31 +78,50 @@ class Remote:
             self._send(peer, tx.Free(self._blocks.instance, self._blocks.epoch, tuple(group)))
 
     def renew(self, *transfers: Mapping[str, list[str]]) -> None:
-        """One message per peer: what we have with it, these transfers among it, is alive."""
+        """Tell every peer what of ours there is alive: these transfers, and the blocks that it holds for us."""
         ids: dict[str, list[str]] = {peer: [] for peer, addresses in self._abroad.items() if addresses}
         for table in transfers:
             for peer, transfer_ids in table.items():
                 ids.setdefault(peer, []).extend(transfer_ids)
+        whose = self._blocks.instance, self._blocks.epoch
         for peer, transfer_ids in ids.items():
-            if self._peers.known(peer) is not None:
-                self._send(peer, tx.Renew(self._blocks.instance, self._blocks.epoch, tuple(transfer_ids)))
+            if self._peers.known(peer) is None:
+                continue
+            addresses = tuple(self._abroad.get(peer, ()))
+            for start in range(0, max(1, len(addresses)), tx.RENEWED):
+                part = addresses[start : start + tx.RENEWED]
+                self._send(peer, tx.Renew(*whose, () if start else tuple(transfer_ids), part))
 
     # -- theirs, here --------------------------------------------------------------------------------------------------
 
-    def lease(self, peer: str, now: float) -> None:
-        """The peer may have got blocks here: its lease runs anew."""
-        if self._blocks.owned().get(peer):
-            self._leases[peer] = now + self._lease_s
+    def lease(self, peer: str, addresses: Iterable[BlockAddress], now: float) -> None:
+        """The peer has these blocks here from now on."""
+        deadlines = dict.fromkeys(addresses, now + self._lease_s)
+        if deadlines:
+            self._leases.setdefault(peer, {}).update(deadlines)
 
-    def renewed(self, peer: str, now: float) -> None:
-        """The peer said that it is alive."""
-        if peer in self._leases:
-            self._leases[peer] = now + self._lease_s
+    def renewed(self, peer: str, addresses: Iterable[BlockAddress], now: float) -> None:
+        """The peer said that it needs these; what it does not name runs out."""
+        known = self._leases.get(peer, {})
+        known.update((address, now + self._lease_s) for address in addresses if address in known)
 
     def leases(self, now: float) -> list[tuple[str, int, float]]:
-        """(peer, blocks it has here, seconds left) of every lease."""
-        owned = self._blocks.owned()
-        return [(peer, owned.get(peer, 0), limit - now) for peer, limit in self._leases.items()]
+        """(peer, blocks it has here, seconds until the first of them is free) of every lease."""
+        return [(peer, len(limits), min(limits.values()) - now) for peer, limits in self._leases.items()]
+
+    def _give_back(self, peer: str, addresses: Iterable[BlockAddress]) -> int:
+        """Free what the peer has here, one by one: some may be free already. How many were not."""
+        known, count = self._leases.get(peer, {}), 0
+        for address in addresses:
+            known.pop(address, None)
+            try:
+                self._blocks.free_mem([address], owner=peer)
+                count += 1
+            except PoolError:
+                self._tally.dropped += 1
+        if not known:
+            self._leases.pop(peer, None)
+        return count
 
     # -- messages and time ---------------------------------------------------------------------------------------------
 
@@ -112,13 +131,7 @@ class Remote:
             case tx.Allocate():
                 self._allocate(message, now)
             case tx.Free():
-                for address in message.addresses:  # one by one: some may have been freed with their lease
-                    try:
-                        self._blocks.free_mem([address], owner=peer)
-                    except PoolError:
-                        self._tally.dropped += 1
-                if not self._blocks.owned().get(peer):
-                    self._leases.pop(peer, None)
+                self._give_back(peer, message.addresses)
             case tx.Allocated():
                 call = self._calls.get(message.call_id)
                 if call is None or call.peer != peer:
@@ -135,9 +148,9 @@ class Remote:
         """End calls without an answer and leases without renewal."""
         for call_id in [call_id for call_id, call in self._calls.items() if now >= call.deadline]:
             self._fail(call_id, TransferError(f"no answer for {self._timeout_s:g} s"))
-        for peer in [peer for peer, limit in self._leases.items() if now >= limit]:
-            del self._leases[peer]
-            self._tally.expired_leases += self._blocks.free_owned_by(peer)
+        for peer, limits in list(self._leases.items()):
+            late = [address for address, limit in limits.items() if now >= limit]
+            self._tally.expired_leases += self._give_back(peer, late)
 
     def link_lost(self, peer: str) -> None:
         """No answer will come from there."""
@@ -163,7 +176,7 @@ class Remote:
             answer = tx.Allocated(message.call_id, (), str(error))
         else:
             answer = tx.Allocated(message.call_id, tuple(addresses), "")
-            self.lease(message.source, now)
+            self.lease(message.source, addresses, now)
         self._send(message.source, answer)
 
     def _fail(self, call_id: str, error: Exception) -> None:

@@ -7,6 +7,7 @@ counted and dropped.
 
 from jmemserve.kvpool.transfer.messages import (
     MAX_PRIVATE,
+    RENEWED,
     WHOLE,
     Accept,
     Allocate,
@@ -34,6 +35,7 @@ from jmemserve.kvpool.transfer.sender import Sender
 
 __all__ = [
     "MAX_PRIVATE",
+    "RENEWED",
     "WHOLE",
     "Accept",
     "Allocate",

@@ -23,6 +23,7 @@ from typing import Any
 
 from jmemserve.kvpool.address import BlockAddress, Medium
 
+RENEWED = 4096  # addresses in one Renew
 MAX_PRIVATE = 1 << 20  # bytes of a transfer's private part
 WHOLE = -1  # ``part`` of data that has all layers; else layer * 2 + (0 for keys, 1 for values)
 
@@ -175,11 +176,15 @@ class Free:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Renew:
-    """One message per peer and period: these transfers, in either direction, and all allocations are alive."""
+    """One message per peer and period, or a few: these transfers, in either direction, and these allocations are alive.
+
+    What the peer holds for the source and the source does not name runs out: its address was lost on the way.
+    """
 
     source: str
     epoch: int
     transfer_ids: tuple[str, ...]
+    addresses: tuple[BlockAddress, ...] = ()  # of the peer, allocated for the source; at most RENEWED of them
 
 
 Message = Offer | Accept | Refuse | Data | Landed | Close | Done | Cancel | Allocate | Allocated | Free | Renew
@@ -232,3 +237,4 @@ class Arrived:
     private: bytes
     blocks: tuple[BlockAddress, ...]  # empty without CLAIM
     tokens: tuple[int, ...] | None
+    given: tuple[BlockAddress, ...] = ()  # allocated for the source from now on

@@ -240,12 +240,15 @@ class Receiver:
                 return [*self._end(transfer, str(error))]
         del self._transfers[offer.transfer_id]
         claimed = bool(offer.flags & Flags.CLAIM)
+        given: tuple[BlockAddress, ...] = ()
         if not claimed and not offer.insert and not offer.destination:
-            pool.give(transfer.fresh, offer.source)  # what was only transferred stays allocated for the source
+            given = tuple(transfer.fresh)  # what was only transferred stays allocated for the source
+            pool.give(given, offer.source)
         elif not claimed:
             pool.free_mem(blocks)
         self._remember(offer.transfer_id, True)
-        arrived = Arrived(offer.transfer_id, offer.source, transfer.private, blocks if claimed else (), offer.tokens)
+        kept = blocks if claimed else ()
+        arrived = Arrived(offer.transfer_id, offer.source, transfer.private, kept, offer.tokens, given)
         return [arrived, Send(offer.source, Done(offer.transfer_id))]
 
     def _refuse(self, offer: Offer, reason: str) -> list[Send]:
