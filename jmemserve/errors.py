@@ -19,6 +19,7 @@
         ├── StaleAddress            the block was freed since (its generation rose), or was freed twice
         ├── ForeignAddress          the address belongs to another instance or medium
         ├── InvalidAddresses        too few addresses, or blocks that stand for other tokens already
+        ├── InvalidTokens           token ids that no index can hold
         ├── InvalidTransfer         arguments of a transfer that can never work, such as too large a private part
         └── UnknownInstance         there is no link to an instance of this name
 
@@ -108,6 +109,10 @@ class ForeignAddress(PoolError):
 
 class InvalidAddresses(PoolError):
     """The addresses cannot be what the call needs: too few, given twice, or used under other tokens."""
+
+
+class InvalidTokens(PoolError):
+    """Token ids that are no whole numbers of int32."""
 
 
 class InvalidTransfer(PoolError):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jmemserve.errors import InvalidTokens
 from jmemserve.kvpool.address import Medium
 from jmemserve.kvpool.eviction import EvictionQueue
 
@@ -17,9 +18,19 @@ DIRTY = 16
 
 
 def pack(tokens: Sequence[int] | np.ndarray, count: int) -> bytes:
-    """The first ``count`` tokens as int32 in native order. Raises struct.error for ids beyond int32."""
+    """The first ``count`` tokens as int32 in native order. Raises InvalidTokens for what is no id of int32."""
     head = tokens[:count]
-    raw = head.astype(np.int32).tobytes() if isinstance(head, np.ndarray) else struct.pack(f"{len(head)}i", *head)
+    if isinstance(head, np.ndarray):
+        if head.dtype != np.int32:
+            if head.dtype.kind not in "iu" or len(head) and not -(2**31) <= head.min() <= head.max() < 2**31:
+                raise InvalidTokens(f"token ids are whole numbers of int32, not an array of {head.dtype} beyond that")
+            head = head.astype(np.int32)
+        raw = head.tobytes()
+    else:
+        try:
+            raw = struct.pack(f"{len(head)}i", *head)
+        except struct.error as error:
+            raise InvalidTokens(f"token ids are whole numbers of int32; {error}") from None
     assert len(raw) == count * TOKEN_BYTES, f"{len(tokens)=} < {count=}"
     return raw
 
