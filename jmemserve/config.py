@@ -62,6 +62,33 @@ class BlockLayout(enum.Enum):
     DISCRETE = "discrete"  # one array per layer
 
 
+class Caching(enum.Enum):
+    """Who keeps which keys and values for later requests: the milestones of paper section 5.1."""
+
+    NONE = "none"  # nobody (PD-Basic)
+    PREFILL = "prefill"  # prefill instances keep what they made (PD-Caching-1)
+    DELTA = "delta"  # decode instances too, so that only what they lack moves (PD-Caching-2)
+    FULL = "full"  # and what decode instances made goes back to prefill instances (PD-Caching-3)
+
+    def keeps(self, role: Role) -> bool:
+        """Whether an instance of this role keeps a prefix cache."""
+        if role is Role.DECODE:
+            return self in (Caching.DELTA, Caching.FULL)
+        return self is not Caching.NONE
+
+    @property
+    def returns(self) -> bool:
+        """Whether what decode instances made goes back."""
+        return self is Caching.FULL
+
+
+class Bypass(enum.Enum):
+    """Whether a prompt whose uncached part is short may be prefilled where it will be decoded."""
+
+    AUTO = "auto"  # when the cost model says that this is done sooner
+    OFF = "off"
+
+
 class SwapPolicy(enum.Enum):
     """When keys and values are swapped out to host memory and in again, rather than forgotten and computed again."""
 
@@ -106,12 +133,15 @@ class EngineConfig:
     swap: SwapPolicy = SwapPolicy.AUTO
     block_layout: BlockLayout = BlockLayout.AGGREGATED
     transfer_granularity: Granularity = Granularity.AUTO
+    caching: Caching = Caching.FULL
+    bypass: Bypass = Bypass.OFF
     block_checksums: Switch = Switch.ON  # compare the bytes of blocks that travel with what they were
     salt_quota_tokens: int | None = None  # cached tokens that each cache salt may have in device memory; None: any
     salt_quota_host_tokens: int | None = None  # the same in host memory
     max_num_seqs: int = 16  # sequences in one step
     max_num_batched_tokens: int = 512  # new tokens in one step
     max_queue: int = 1024  # requests waiting in the whole cluster before new ones are refused
+    heartbeat_timeout_s: float = 10.0  # an instance that was silent for so long is dead
     warmup: Warmup = Warmup.FULL
     compilation_cache_dir: str | None = None  # None: off
 
@@ -153,6 +183,10 @@ class EngineConfig:
         need(
             0 <= self.host_memory_gb <= 1 << 20,
             f"--host-memory-gb must be 0 (none) or a size in GiB, not {self.host_memory_gb:g}",
+        )
+        need(
+            0.5 <= self.heartbeat_timeout_s <= 3600,
+            f"--heartbeat-timeout-s must be from 0.5 to 3600 seconds, not {self.heartbeat_timeout_s:g}",
         )
         for flag in ("salt_quota_tokens", "salt_quota_host_tokens"):
             value = getattr(self, flag)

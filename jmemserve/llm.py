@@ -37,7 +37,7 @@ class LLM:
         self._seeds, self._numbers = random.Random(config.seed), itertools.count()
         self._cluster = Cluster(spec, report or SilentReport(), self._events.put)
         self._cluster.start()
-        vocab_size, max_model_len = self._cluster.model_config.vocab_size, self._cluster.max_model_len
+        vocab_size, max_model_len = self._cluster.vocab_size, self._cluster.max_model_len
         self._model = load_model(model, vocab_size, max_model_len, self._cluster.folder, text)
 
     def __enter__(self) -> Self:

@@ -178,6 +178,7 @@ class Event:
     usage: Usage = Usage()  # final on the last event
     timings: Timings = Timings()  # final on the last event
     error: str = ""  # for FinishReason.ERROR
+    start: int = 0  # place of the first of ``tokens`` in the output: how many came before
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

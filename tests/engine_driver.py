@@ -9,6 +9,7 @@ from pathlib import Path
 from jmemserve.config import ClusterSpec, EngineConfig, LoadFormat, Warmup, parse_mesh
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.report import SilentReport
+from jmemserve.engine.single import instances
 from jmemserve.types import Event, Request, SamplingParams, TokenLogprobs
 
 TINY = {
@@ -65,6 +66,10 @@ class Driver:
         self.cluster = Cluster(spec, SilentReport(), self._on_events)
         self.cluster.start()
 
+    @property
+    def instances(self):
+        return instances(self.cluster)
+
     def _on_events(self, events: list[Event]) -> None:
         for event in events:
             output = self.outputs[event.request_id]
@@ -113,7 +118,7 @@ class Driver:
         try:
             if error is None:
                 self.assert_nothing_held()
-                for instance in self.cluster._instances.values():
+                for instance in self.instances.values():
                     instance.pool.check()
         finally:
             self.cluster.stop()

@@ -1,16 +1,20 @@
 """Builds one instance: mesh, weights, pool, compiled steps. The order matters: what is left of memory is the pool's."""
 
 import dataclasses
+import hashlib
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
 from jmemserve.config import (
     BlockLayout,
+    Caching,
     EngineConfig,
     InstanceSpec,
     LoadFormat,
+    Role,
     SwapPolicy,
     Switch,
     Warmup,
@@ -46,7 +50,9 @@ class Parts:
     granularity: Granularity
     flags: Flags  # of every transfer
     swap: SwapPolicy
+    caching: Caching
     shapes: tuple[StepShape, ...]
+    shapes_of: Callable[[Role], tuple[StepShape, ...]]  # what an instance of a role compiles
     max_model_len: int
 
 
@@ -102,10 +108,11 @@ def build(
     epoch: int,
     exchange: LocalExchange,
     report: Report,
+    more_ways: Callable[[PageStore], Sequence[Transport]] = lambda store: (),
 ) -> Parts:
     """Load, allocate and compile one instance. Raises ConfigError or CheckpointError.
 
-    Instances with the same ``exchange`` can move blocks between each other.
+    Instances with the same ``exchange`` can move blocks between each other; ``more_ways`` are transports to others.
     """
     mesh = make_mesh(spec, num_devices)
     dtype = resolve_dtype(engine, config)
@@ -143,10 +150,13 @@ def build(
     )
     # XLA's bfloat16 product with a single column is five times slower on CPU than with two, one of them padding.
     fewest_rows = 2 if dtype == "bfloat16" and jax.default_backend() == "cpu" and engine.max_num_seqs > 1 else 1
-    decodes, prefills = spec.role.decodes, spec.role.prefills
-    shapes = step_shapes(decodes, prefills, engine.max_num_seqs, engine.max_num_batched_tokens, fewest_rows)
-    if engine.warmup is Warmup.FAST:
-        shapes = _largest_of_each_kind(shapes)
+
+    def shapes_of(role: Role) -> tuple[StepShape, ...]:
+        most = engine.max_num_seqs, engine.max_num_batched_tokens
+        shapes = step_shapes(role.decodes, role.prefills, *most, fewest_rows)
+        return _largest_of_each_kind(shapes) if engine.warmup is Warmup.FAST else shapes
+
+    shapes = shapes_of(spec.role)
     runner = Runner(graph, state, store, mesh, shapes, config.vocab_size, max_model_len)
     if engine.warmup is not Warmup.NONE:
         programs = len(runner.programs())
@@ -176,10 +186,20 @@ def build(
         quota=None if quota == (None, None) else (quota[0], quota[1]),
         log=EventLog(),
     )
-    transports = (LocalTransport(exchange, store.checksums),)
+    transports = (LocalTransport(exchange, store.checksums), *more_ways(store))
     flags = Flags.NONE if engine.block_checksums is Switch.ON else Flags.NO_CHECKSUM
     return Parts(
-        runner, pool, arena, transports, engine.transfer_granularity, flags, engine.swap, shapes, max_model_len
+        runner,
+        pool,
+        arena,
+        transports,
+        engine.transfer_granularity,
+        flags,
+        engine.swap,
+        engine.caching,
+        shapes,
+        shapes_of,
+        max_model_len,
     )
 
 
@@ -187,6 +207,23 @@ def model_identity(engine: EngineConfig, config: ModelConfig, dtype: str) -> str
     """Equal for instances whose keys and values can stand for each other."""
     weights_of = f"{engine.load_format.value}-{engine.seed}" if engine.load_format is LoadFormat.DUMMY else "checkpoint"
     return f"{model_folder(engine).resolve().name}/{weights_of}/{config.num_layers}x{config.hidden_size}/{dtype}"
+
+
+def model_facts(engine: EngineConfig, config: ModelConfig) -> tuple[tuple[str, str], ...]:
+    """What must be equal in all instances of a cluster and in its front-end, as far as it is known before loading."""
+    folder = model_folder(engine)
+
+    def digest(name: str) -> str:
+        path = folder / name
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "none"
+
+    return (
+        ("config.json", digest("config.json")),
+        ("tokenizer.json", digest("tokenizer.json")),
+        ("vocabulary size", str(config.vocab_size)),
+        ("--block-size", str(engine.block_size)),
+        ("--caching", engine.caching.value),
+    )
 
 
 def _largest_of_each_kind(shapes: tuple[StepShape, ...]) -> tuple[StepShape, ...]:

@@ -1,147 +1,150 @@
-"""Every instance of a deployment in one process, and the router in front of them.
+"""The cluster as a front-end has it: who is a member, and which requests are where. Thread-safe.
 
-The front-end (or the offline LLM) submits requests and gets events; it never sees an instance. Ids are made unique
-here for the time of their life, so that an id may be used again as soon as its last event was delivered, whatever
-of it is still on its way between two instances.
+    server, LLM ──submit, abort──▶ Cluster ──Port.send──▶ instances, in this process or in others
+                ◀───on_events────          ◀─on_message──
+
+It decides nothing: ``scheduler.membership`` and ``scheduler.gateway`` do, and this carries out what they say, under one
+lock, so that what an instance is told and what a client hears is in order.
 """
 
 import dataclasses
-import itertools
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
 
-from jmemserve.config import ClusterSpec
-from jmemserve.engine.build import build, check_host_memory, model_folder, read_model_config
-from jmemserve.engine.compiles import CompileCounter, keep_compilations
-from jmemserve.engine.instance import Instance, Message
-from jmemserve.engine.mesh import describe_devices, make_mesh
-from jmemserve.engine.messages import Abort, ResetCache, Submit
+from jmemserve.config import ClusterSpec, Role
 from jmemserve.engine.report import Report
-from jmemserve.engine.selftest import check_arithmetic
-from jmemserve.errors import DuplicateRequest, InvalidRequest, Overloaded, Unavailable
-from jmemserve.kvpool.transports.local import LocalExchange
-from jmemserve.models import ModelConfig
+from jmemserve.errors import InvalidRequest, JmemserveError, Unavailable, UnknownRequest
+from jmemserve.scheduler.gateway import Counts, Gateway
+from jmemserve.scheduler.membership import Change, Membership, Record
+from jmemserve.scheduler.messages import (
+    AskPool,
+    Beat,
+    ChangeRole,
+    FromInstance,
+    Leave,
+    Left,
+    MemberState,
+    News,
+    PoolNews,
+    Probed,
+    Ready,
+    ResetCache,
+    ToInstance,
+)
 from jmemserve.scheduler.router import Router
 from jmemserve.types import MAX_STOP_IDS, Event, FinishReason, InstanceLoad, PoolReport, Request
 
+TICK_S = 0.05
+POOLS_S = 5.0  # a report that takes longer is given up
+START_S = 300.0  # for linking and probing the instances of this process
 
-@dataclasses.dataclass(slots=True)
-class _Ticket:
-    """A request in flight."""
 
-    outer_id: str
-    request: Request
-    homes: tuple[str, ...]  # the instances that may have it
-    generated: list[int] = dataclasses.field(default_factory=list)
-    started: bool = False  # its first token has come
+class Port(Protocol):
+    """The way to one instance."""
+
+    def send(self, message: ToInstance) -> None:
+        """Never blocks; what cannot be sent is lost, and ``Cluster.down`` follows."""
+        ...
+
+    def beat(self) -> Beat | None:
+        """A sign of life, from an instance that gives none of its own accord."""
+        ...
+
+    def close(self, reason: str) -> None:
+        """The instance is no member any more, or this front-end ends. Must not block."""
+        ...
 
 
 class Cluster:
-    """Instances, links between them, and the router. All methods but ``start`` and ``drain`` return at once.
+    """Members and requests. All methods but ``start``, ``pools``, ``drain`` and ``stop`` return at once.
 
-    ``on_events`` is called from the instances' threads with all events of one step; it must be quick. ``on_failure``
-    is called once if an instance's thread dies; every request has got an ERROR event by then.
+    ``on_events`` is called under a lock with all that is new, in order; it must be quick. ``on_failure`` is called
+    once, when no instance is left and none may come again: every request has got an ERROR event by then.
     """
 
     def __init__(self, spec: ClusterSpec, report: Report, on_events: Callable[[list[Event]], None]):
         self.spec = spec
         self.failure: BaseException | None = None
         self.on_failure: Callable[[BaseException], None] = lambda error: None
-        self.max_model_len = 0
+        self.max_model_len, self.vocab_size = 0, 0  # known once an instance is ready
+        self.folder = Path()
+        self.expects_more = False  # instances may come (again): a request waits for one rather than fail
         self._report, self._on_events = report, on_events
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self._tickets: dict[str, _Ticket] = {}  # by inner id
-        self._inner: dict[str, str] = {}  # outer id -> inner id
-        self._numbers = itertools.count(1)
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        engine = spec.engine
+        router = Router((), engine.block_size, caching=engine.caching, bypass=engine.bypass)
+        self._gateway = Gateway(router, engine.max_queue)
+        self._membership = Membership(engine.heartbeat_timeout_s)
+        self._ports: dict[str, Port] = {}
+        self._pool_news: dict[str, PoolReport] = {}
         self._accepting = self._stopped = False
-        self._instances: dict[str, Instance] = {}
-        self._router: Router | None = None
-        self._compiles: CompileCounter | None = None
+        self._closers: list[Callable[[], None]] = []
+        self._ticker = threading.Thread(target=self._tick, name="cluster", daemon=True)
 
-    # -- life -------------------------------------------------------------------------------------------------
+    # -- life ---------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Load and compile everything; requests are accepted afterwards. Raises ConfigError or CheckpointError."""
-        engine = self.spec.engine
-        self.model_config: ModelConfig = read_model_config(engine)
-        self.folder = model_folder(engine)
-        if engine.compilation_cache_dir is not None:
-            keep_compilations(engine.compilation_cache_dir)
-        with self._report.phase("devices"):
-            grid = describe_devices(self.spec)
-            check_arithmetic(make_mesh(self.spec.instances[0], self.spec.num_devices))
-        for line in grid:
-            self._report.line(f"    {line}")
-        check_host_memory(engine, len(self.spec.instances))
-        epoch, exchange = time.time_ns(), LocalExchange()
-        limits = []
-        for spec in self.spec.instances:
-            parts = build(spec, engine, self.model_config, self.spec.num_devices, epoch, exchange, self._report)
-            limits.append(parts.max_model_len)
-            self._instances[spec.name] = Instance(spec, parts, self._send, self._deliver, self._fail)
-        self.max_model_len = min(limits)
-        self._router = Router([(spec.name, spec.role) for spec in self.spec.instances], engine.block_size)
-        self._link_up()
-        self._compiles = CompileCounter()
-        for instance in self._instances.values():
-            instance.compiles = lambda: self._compiles.count if self._compiles else 0
-            instance.start()
-        self._accepting = True
+        """Build the instances of the spec in this process and open. Raises ConfigError or CheckpointError."""
+        from jmemserve.engine.single import start_instances
 
-    def _link_up(self) -> None:
-        """Introduce the instances to each other, and move blocks of every piece size over every pair once: that the
-        way works, and what it needs to be compiled, is known before the first request."""
-        instances = list(self._instances.values())
-        for one in instances:
-            for other in instances:
-                if one is not other:
-                    peer = one.node.greet(other.node.peers.hello())
-                    self._report.line(f"    {one.spec.name} gets blocks of {peer.name} by {peer.transport.name}")
-        for source in instances:
-            for target in instances:
-                if source is not target:
-                    self._try_link(source, target)
-        for one in instances:
-            one.node.tally.reset()
+        self._ticker.start()
+        self._closers.append(start_instances(self, self._report))
+        self.open()
 
-    def _try_link(self, source: Instance, target: Instance) -> None:
-        sizes, room = source.runner.store.sizes, min(source.pool.room(), target.pool.room())
-        blocks = source.pool.alloc_mem(
-            max(total for n in range(1, len(sizes) + 1) if (total := sum(sizes[:n])) <= room)
-        )
-        moving = source.node.transfer(target.spec.name, blocks)
-        limit = time.monotonic() + 60
-        while not moving.done() and time.monotonic() < limit:  # the instances' threads do not run yet
-            source.turn()
-            target.turn()
-        source.node.free_mem([*blocks, *moving.result(0)])
-        target.turn()
+    def listen(self) -> None:
+        """Take members from other processes; ``open`` when enough are ready."""
+        self._ticker.start()
+
+    def open(self) -> None:
+        """Accept requests."""
+        with self._lock:
+            self._accepting = True
+            self._membership.serving = True
+
+    def wait_ready(self, count: int, timeout_s: float) -> bool:
+        """Wait until so many instances are ready. False if the time is up or one of them died."""
+        limit = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                records = self._membership.records.values()
+                if sum(record.state is MemberState.READY for record in records) >= count:
+                    return True
+                dead = any(record.state is MemberState.DEAD for record in records) and not self.expects_more
+                if dead or self._stopped or (rest := limit - time.monotonic()) <= 0:
+                    return False
+                self._changed.wait(min(rest, 1.0))
 
     def drain(self, timeout_s: float) -> bool:
         """Refuse new work and wait for the rest; what is left after ``timeout_s`` is aborted (then False)."""
         limit = time.monotonic() + timeout_s
-        with self._idle:
+        with self._changed:
             self._accepting = False
-            while self._tickets and (rest := limit - time.monotonic()) > 0 and self.failure is None:
-                self._idle.wait(min(rest, 1.0))
-            left = [ticket.outer_id for ticket in self._tickets.values()]
+            while len(self._gateway) and (rest := limit - time.monotonic()) > 0 and self.failure is None:
+                self._changed.wait(min(rest, 1.0))
+            left = self._gateway.ids()
         for request_id in left:
             self.abort(request_id)
-        with self._idle:
-            self._idle.wait_for(lambda: not self._tickets or self.failure is not None, timeout=5)
+        with self._changed:
+            self._changed.wait_for(lambda: not len(self._gateway) or self.failure is not None, timeout=5)
         return not left
 
     def stop(self) -> None:
-        """End every thread."""
-        self._accepting, self._stopped = False, True
-        for instance in self._instances.values():
-            instance.stop()
-        if self._compiles is not None:
-            self._compiles.close()
+        """End every thread and every member's link."""
+        with self._changed:
+            self._accepting, self._stopped = False, True
+            ports = list(self._ports.values())
+            self._changed.notify_all()
+        for port in ports:
+            port.close("the front-end ends")
+        for close in self._closers:
+            close()
 
-    # -- requests ---------------------------------------------------------------------------------------------
+    # -- requests -----------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Start a request; its events follow, the last one with ``finish``.
@@ -154,58 +157,236 @@ class Cluster:
         with self._lock:
             # Later outputs of a call that was accepted are no new work: neither a drain nor the queue refuses them.
             taken = bool(request.follows) and self.failure is None and not self._stopped
-            if self._router is None or not (self._accepting or taken):
+            if not (self._accepting or taken):
                 raise Unavailable("the server is not taking requests: it is starting, draining or has failed")
-            if request.id in self._inner:
-                raise DuplicateRequest(f"a request with id {request.id!r} is in flight; use another id, or wait for it")
-            waiting = sum(not ticket.started for ticket in self._tickets.values())
-            if waiting >= self.spec.engine.max_queue and not taken:
-                raise Overloaded(f"{waiting} requests wait already (--max-queue); try again later", retry_after_s=1.0)
-            inner = f"r{next(self._numbers)}"
             room = self.max_model_len - len(request.prompt)
-            params = request.params
-            limit = room if params.max_tokens is None else min(room, params.max_tokens)
-            resolved = dataclasses.replace(
-                request,
-                id=inner,
-                params=dataclasses.replace(params, max_tokens=limit),
-                arrival=request.arrival or now,
-            )
-            route = self._router.route(inner, resolved.prompt, resolved.salt, now)
-            homes = tuple(dict.fromkeys((route.prefill, route.decode)))
-            self._tickets[inner] = _Ticket(request.id, resolved, homes)
-            self._inner[request.id] = inner
-        self._send(route.prefill, Submit(resolved, route.decode))
+            limit = room if request.params.max_tokens is None else min(room, request.params.max_tokens)
+            params = dataclasses.replace(request.params, max_tokens=limit)
+            resolved = dataclasses.replace(request, params=params, arrival=request.arrival or now)
+            self._gateway.submit(resolved, now, accepted=taken, patient=self._hopeful())
+            self._flush()
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a request; its last event follows. False if there is no such request (it may just have ended)."""
         with self._lock:
-            inner = self._inner.get(request_id)
-            homes = self._tickets[inner].homes if inner is not None else ()
-        for home in homes:
-            self._send(home, Abort(str(inner), reason))
-        return inner is not None
+            events = self._gateway.abort(request_id, reason, time.monotonic())
+            self._flush(events)
+        return events is not None
+
+    def move(self, request_id: str, to: str = "") -> str:
+        """Ask a request to go on at another instance (empty: the best other one), its stream unbroken; which.
+
+        Raises UnknownRequest if there is no such request or instance, Unavailable if there is no other.
+        """
+        with self._lock:
+            if to:
+                self._need(to)
+            if request_id not in self._gateway.ids():
+                raise UnknownRequest(f"no request {request_id!r} is in flight")
+            target = self._gateway.move(request_id, to or None, time.monotonic())
+            self._flush()
+        if target is None:
+            raise Unavailable(f"there is no other instance for {request_id!r} to go to")
+        return target
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix, in the pools and in the router."""
         with self._lock:
-            if self._router is None:
-                return False
-            self._router.forget()
-        for instance in self._instances.values():
-            instance.post(ResetCache())
-        return True
+            self._gateway.router.forget()
+            for port in self._ports.values():
+                port.send(ResetCache())
+            return bool(self._ports)
+
+    def counts(self) -> Counts:
+        """What happened to requests since the start."""
+        return self._gateway.counts
+
+    # -- instances ----------------------------------------------------------------------------------------------------
+
+    def members(self) -> list[Record]:
+        """Every instance, and those that have left or died, oldest first; copies."""
+        with self._lock:
+            records = [*self._membership.gone, *self._membership.records.values()]
+            return [dataclasses.replace(record) for record in records]
 
     def loads(self) -> list[InstanceLoad]:
-        """A momentary view of every instance."""
-        return [instance.load() for instance in self._instances.values()]
+        """A momentary view of every instance that is a member."""
+        with self._lock:
+            self._beat(time.monotonic())
+            return [record.load for record in self._membership.alive() if record.load is not None]
 
     def pools(self) -> list[PoolReport]:
-        """All about every instance's pool, for people; waits for the instances' threads."""
-        return [instance.report() for instance in self._instances.values()] if self._router is not None else []
+        """All about every instance's pool, for people; waits for the instances' threads. Raises TimeoutError."""
+        with self._changed:
+            self._pool_news.clear()
+            asked = [name for name in self._ports if self._membership.records[name].address]
+            for name in asked:
+                self._ports[name].send(AskPool())
+
+            def answered() -> bool:
+                return all(name in self._pool_news or name not in self._ports for name in asked)
+
+            if not self._changed.wait_for(answered, POOLS_S):
+                raise TimeoutError(f"no report from {[name for name in asked if name not in self._pool_news]}")
+            return [self._pool_news[name] for name in asked if name in self._pool_news]
+
+    def set_role(self, name: str, role: Role) -> None:
+        """Let an instance prefer something else; its cache stays. Raises UnknownRequest."""
+        with self._lock:
+            self._need(name)
+            self._ports[name].send(ChangeRole(role))
+
+    def drain_instance(self, name: str) -> None:
+        """Give an instance nothing new, let what it has go on elsewhere, then let it leave. Raises UnknownRequest."""
+        now = time.monotonic()
+        with self._lock:
+            self._need(name)
+            self._apply(self._membership.drain(name, now), now)
+
+    def admit(
+        self,
+        name: str,
+        epoch: int,
+        role: Role,
+        facts: Sequence[tuple[str, str]],
+        port: Port,
+        place: str = "",
+    ) -> str:
+        """A new member, which loads from now on; its name (one is made if it has none). Raises Unavailable."""
+        now = time.monotonic()
+        with self._lock:
+            if self._stopped:
+                raise Unavailable("the front-end is ending")
+            name = name or self._membership.free_name(role)
+            self._apply(self._membership.admit(name, epoch, role, facts, now, place), now)
+            self._ports[name] = port
+            return name
+
+    def on_message(self, name: str, port: Port, message: FromInstance) -> None:
+        """What a member says. Raises Unavailable if it cannot stay, and says why."""
+        now = time.monotonic()
+        with self._lock:
+            if self._ports.get(name) is not port:
+                raise Unavailable(f"{name} is no member any more")
+            match message:
+                case News():
+                    self._flush(self._gateway.news(name, message.events, now))
+                case Beat():
+                    self._membership.beat(name, message, now)
+                    self._apply(self._membership.set_role(name, Role(message.load.role)), now)
+                case Ready():
+                    try:
+                        self._apply(self._membership.ready(name, message, now), now)
+                    except JmemserveError as error:
+                        self._apply(self._membership.dead(name, str(error), now), now)
+                        raise
+                case Probed():
+                    self._apply(self._membership.probed(name, message, now), now)
+                case PoolNews():
+                    self._pool_news[name] = message.report
+                    self._changed.notify_all()
+                case Left():
+                    self._apply(self._membership.left(name, now), now)
+
+    def down(self, name: str, port: Port, reason: str, error: BaseException | None = None) -> None:
+        """The way to a member has ended, or its thread has died."""
+        now = time.monotonic()
+        with self._lock:
+            if self._ports.get(name) is not port:
+                return
+            if error is not None and not self._stopped:
+                text = "".join(traceback.format_exception(error))
+                self._report.line(f"{name} died:\n{text}")
+            self._apply(self._membership.dead(name, reason, now), now, error)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _need(self, name: str) -> Record:
+        record = self._membership.get(name)
+        if record is None or record.state is not MemberState.READY:
+            ready = [r.name for r in self._membership.alive() if r.state is MemberState.READY]
+            raise UnknownRequest(f"no instance {name!r} is ready; those that are: {', '.join(ready) or 'none'}")
+        return record
+
+    def _hopeful(self) -> bool:
+        """May an instance get ready soon, if none is?"""
+        coming = (MemberState.LOADING, MemberState.JOINING)
+        return self.expects_more or any(record.state in coming for record in self._membership.alive())
+
+    def _apply(self, changes: Sequence[Change], now: float, error: BaseException | None = None) -> None:
+        """Let the requests follow what became of instances."""
+        events: list[Event] = []
+        for change in changes:
+            record = self._membership.records.get(change.name)
+            match change.state:
+                case MemberState.READY if record is not None:
+                    if change.name in self._gateway.router:
+                        self._gateway.router.set_role(change.name, record.role)
+                    else:
+                        self.max_model_len = min(self.max_model_len or record.max_model_len, record.max_model_len)
+                        events += self._gateway.add(change.name, record.role, now)
+                        self._say(f"{change.name} is ready ({record.role.value})")
+                case MemberState.DRAINING:
+                    self._gateway.drain(change.name, now)
+                case MemberState.DEAD | MemberState.LEFT:
+                    events += self._gateway.lost(change.name, now)
+                    port = self._ports.pop(change.name, None)
+                    if port is not None:
+                        port.close(change.reason or "it has left")
+                    if change.state is MemberState.DEAD:
+                        self._say(f"{change.name} is dead: {change.reason}")
+                    self._end_if_alone(change, error, events)
+        self._flush(events)
+
+    def _end_if_alone(self, change: Change, error: BaseException | None, events: list[Event]) -> None:
+        """Nobody is left, and nobody may come: every request fails now, none hangs."""
+        if not self._accepting or self._membership.alive() or self._hopeful() or self.failure is not None:
+            return
+        self.failure = error or Unavailable(f"{change.name}, the last instance, is gone: {change.reason}")
+        self._accepting = False
+        events += self._gateway.fail_all(
+            f"{change.name}, the last instance, failed: {self.failure!r}", time.monotonic()
+        )
+        self._flush(events)
+        events.clear()
+        self.on_failure(self.failure)
+
+    def _say(self, line: str) -> None:
+        if self._accepting:
+            self._report.line(line)
+
+    def _flush(self, events: Sequence[Event] | None = None) -> None:
+        """Send what the deciding parts want sent, and tell the clients what is new."""
+        for outbox in (self._membership.outbox, self._gateway.outbox):
+            for name, message in outbox:
+                port = self._ports.get(name)
+                if port is not None:
+                    port.send(message)
+            outbox.clear()
+        if events:
+            self._on_events(list(events))
+        self._changed.notify_all()
+
+    def _beat(self, now: float) -> None:
+        for name, port in self._ports.items():
+            beat = port.beat()
+            if beat is not None:
+                self._membership.beat(name, beat, now)
+
+    def _tick(self) -> None:
+        while not self._stopped:
+            now = time.monotonic()
+            with self._lock:
+                self._beat(now)
+                self._apply(self._membership.expire(now), now)
+                self._flush(self._gateway.tick(now))
+                for record in self._membership.alive():
+                    if record.state is MemberState.DRAINING and not self._gateway.at(record.name):
+                        self._ports[record.name].send(Leave())
+            time.sleep(TICK_S)
 
     def _check(self, request: Request) -> None:
-        vocabulary = self.model_config.vocab_size
+        vocabulary = self.vocab_size
         request.params.check()
         if not request.prompt:
             raise InvalidRequest("the prompt is empty; give at least one token")
@@ -222,47 +403,3 @@ class Cluster:
             )
         if (bad := next((t for t in request.stop_ids if not 0 <= t < vocabulary), None)) is not None:
             raise InvalidRequest(f"stop token id {bad} is outside the model's vocabulary, 0 to {vocabulary - 1}")
-
-    # -- from the instances' threads --------------------------------------------------------------------------
-
-    def _send(self, to: str, message: Message) -> None:
-        self._instances[to].post(message)
-
-    def _deliver(self, instance: str, events: list[Event]) -> None:
-        """Events of one step: the router learns from them, then they go out under the caller's ids."""
-        now = time.monotonic()
-        out = []
-        with self._idle:
-            assert self._router is not None
-            for event in events:
-                ticket = self._tickets.get(event.request_id)
-                if ticket is None:
-                    continue  # it has ended already
-                ticket.generated += event.tokens
-                if event.tokens and not ticket.started:
-                    ticket.started = True
-                    self._router.on_first_token(event.request_id, now)
-                if event.finish is not None:
-                    self._router.on_finished(event.request_id, (*ticket.request.prompt, *ticket.generated), now)
-                    del self._tickets[event.request_id], self._inner[ticket.outer_id]
-                out.append(dataclasses.replace(event, request_id=ticket.outer_id))
-            if not self._tickets:
-                self._idle.notify_all()
-        if out:
-            self._on_events(out)
-
-    def _fail(self, instance: str, error: BaseException) -> None:
-        """An instance's thread has died: every request fails now, none hangs."""
-        with self._idle:
-            first, self.failure, self._accepting = self.failure is None, self.failure or error, False
-            sentence = f"instance {instance} failed: {error!r}"
-            events = [
-                Event(ticket.outer_id, finish=FinishReason.ERROR, error=sentence) for ticket in self._tickets.values()
-            ]
-            self._tickets.clear()
-            self._inner.clear()
-            self._idle.notify_all()
-        if events:
-            self._on_events(events)
-        if first:
-            self.on_failure(error)

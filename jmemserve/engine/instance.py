@@ -1,6 +1,6 @@
-"""One instance: a thread that turns messages into plans, plans into flights, and flights into events.
+"""One instance: a thread that owns a mesh, a pool, a scheduler and a runner.
 
-    inbox -> plan -> launch -> commit the previous flight -> settle -> events and messages out
+    inbox -> plan -> launch -> commit the flight before -> settle -> events and messages out
 
 One flight is always in the air while there is work: the next step is planned and enqueued before the tokens of the
 last one are waited for. Everything that enqueues device work for this instance's mesh happens on this thread.
@@ -13,68 +13,92 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from jmemserve.config import InstanceSpec, SwapPolicy
+from jmemserve.config import InstanceSpec, Role, SwapPolicy
 from jmemserve.engine.build import Parts
 from jmemserve.engine.handover import pack_sequence, unpack_sequence
-from jmemserve.engine.messages import Abort, FromPeer, ResetCache, Stop, Submit
+from jmemserve.engine.messages import FromPeer, Stop
 from jmemserve.engine.pool_report import pool_report
+from jmemserve.engine.probing import Prober
+from jmemserve.engine.returns import Returns
 from jmemserve.engine.runner import Flight
-from jmemserve.errors import TransferError
+from jmemserve.errors import PoolError, TransferError, Unavailable
 from jmemserve.kvpool import Swap
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.node import PoolNode, Transfer
 from jmemserve.scheduler.costs import CostMeter
 from jmemserve.scheduler.local import LocalScheduler
+from jmemserve.scheduler.messages import (
+    Abort,
+    AskPool,
+    ChangeRole,
+    FromInstance,
+    Leave,
+    Left,
+    MemberState,
+    Move,
+    News,
+    PoolNews,
+    Probe,
+    ResetCache,
+    Roster,
+    Submit,
+)
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
-from jmemserve.types import Event, FinishReason, InstanceLoad, PoolReport, TokenLogprobs, Usage
+from jmemserve.types import Event, FinishReason, InstanceLoad, TokenLogprobs, Usage
 
 IDLE_S = 0.05  # how often an idle instance looks at its deadlines
 TRANSFER_DEADLINE_S = 30.0
 MAX_REMEMBERED_ABORTS = 4096
 REMEMBER_ABORT_S = 60.0
-REPORT_S = 5.0  # a report that takes longer is given up
+CALL_S = 30.0  # what is called on the instance's thread from another one is given up after so long
 
-Message = object  # one of engine.messages, or a function to call on the instance's thread
+Message = object  # one of scheduler.messages or engine.messages, or a function to call on the instance's thread
 
 
 class Instance:
-    """``send(instance name, message)`` and ``emit(events)`` must not block."""
+    """``send(peer, message)`` and ``say(message)``, to the front-end, must not block; ``linked(peer)``: is it up?"""
 
     def __init__(
         self,
         spec: InstanceSpec,
         parts: Parts,
-        send: Callable[[str, Message], None],
-        emit: Callable[[str, list[Event]], None],
-        on_failure: Callable[[str, BaseException], None],
+        send: Callable[[str, tx.Message], None],
+        linked: Callable[[str], bool],
+        say: Callable[[FromInstance], None],
+        on_failure: Callable[[BaseException], None],
     ):
-        self.spec = spec
+        self.spec, self.role = spec, spec.role
         self.pool, self.runner = parts.pool, parts.runner
-        self.scheduler = LocalScheduler(parts.pool, parts.shapes, self._leaves)
+        self.scheduler = LocalScheduler(parts.pool, parts.shapes, self._leaves, self._retire)
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._emit, self._on_failure = emit, on_failure
-        self._send = lambda peer, message: send(peer, FromPeer(spec.name, message))
+        self._send, self._say, self._on_failure = send, say, on_failure
         self.node = PoolNode(
             parts.pool,
             parts.runner.store,
             parts.arena,
             parts.transports,
             post=self.post,
-            send=self._send,
+            send=send,
             on_arrival=self._adopt,
             timeout_s=TRANSFER_DEADLINE_S,
             granularity=parts.granularity,
             flags=parts.flags,
         )
         self.compiles: Callable[[], int] = lambda: 0
+        self.on_roster: Callable[[Roster], None] = lambda roster: None
         self._by_id: dict[str, Sequence] = {}
         self._aborted: dict[str, tuple[float, FinishReason]] = {}  # ids that were not here when they were aborted
         self._moving: dict[str, Sequence] = {}  # by transfer id
         self._steps = 0
         self._costs, self._landed = CostMeter(), 0.0
-        self._swap_policy = parts.swap
+        self._swap_policy, self._caching, self._shapes_of = parts.swap, parts.caching, parts.shapes_of
+        self.pool.caching = parts.caching.keeps(self.role)
         self.node.swapper.on_swapped_in = self._costs.swap
+        self._returns = Returns(self.node)
+        self._prober = Prober(self.node, say, linked)
+        self._leaving = self._was_ready = False
         self._events: list[Event] = []
+        self._turned = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
     # -- from other threads -----------------------------------------------------------------------------------
@@ -82,10 +106,30 @@ class Instance:
     def start(self) -> None:
         self._thread.start()
 
-    def turn(self) -> None:
-        """Handle what has come in, before the thread runs: at start-up, while instances are introduced."""
-        assert not self._thread.is_alive(), "the thread is running"
-        self._take_messages(wait=False)
+    def call[T](self, function: Callable[[], T]) -> T:
+        """Call on the instance's thread and wait. Raises Unavailable if it does not come to it."""
+        answer: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                answer.set_result(function())
+            except Exception as error:  # it belongs to the caller
+                answer.set_exception(error)
+
+        self.post(work)
+        try:
+            return answer.result(CALL_S)
+        except TimeoutError:
+            raise Unavailable(f"{self.spec.name} does not answer") from None
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the thread came round last."""
+        return time.monotonic() - self._turned
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def post(self, message: Message) -> None:
         """Hand a message to the instance."""
@@ -103,7 +147,7 @@ class Instance:
         scheduler, stats = self.scheduler, self.pool.stats()
         return InstanceLoad(
             instance=self.spec.name,
-            role=self.spec.role.value,
+            role=self.role.value,
             running=len(scheduler.running) + len(scheduler.loading),
             waiting=len(scheduler.waiting),
             leaving=len(scheduler.leaving),
@@ -118,12 +162,6 @@ class Instance:
             compiles_after_warmup=self.compiles(),
         )
 
-    def report(self) -> PoolReport:
-        """All about the pool, as the instance's own thread sees it. Raises TimeoutError if that is too busy."""
-        answer: Future[PoolReport] = Future()
-        self.post(lambda: answer.set_result(pool_report(self.node)))
-        return answer.result(REPORT_S)
-
     # -- the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -131,7 +169,7 @@ class Instance:
             flight: Flight | None = None
             idle = True  # the last turn neither began nor ended a step: only a message or a deadline can change that
             while self._take_messages(wait=idle):
-                now = time.monotonic()
+                now = self._turned = time.monotonic()
                 self._reap(now)
                 plan = self.scheduler.plan(now)
                 self._swap()  # before the step: what was swapped out must be read before it is written to
@@ -142,7 +180,7 @@ class Instance:
                 flight = following
                 self._flush()
         except BaseException as error:  # the one place: a bug must end the process, not hang its clients
-            self._on_failure(self.spec.name, error)
+            self._on_failure(error)
 
     def _take_messages(self, wait: bool) -> bool:
         """Handle what has come in; False when it is time to end. An idle instance waits a moment for more."""
@@ -158,14 +196,26 @@ class Instance:
 
     def _handle(self, message: Message, now: float) -> None:
         match message:
+            case FromPeer():
+                self._on_peer(message.peer, message.message)
             case Submit():
                 self._submit(message, now)
             case Abort():
                 self._abort(message, now)
+            case Move():
+                self._move(message)
+            case Roster():
+                self._on_roster(message)
+            case Probe():
+                self._prober.begin(message.peer, message.thorough, now)
             case ResetCache():
                 self.pool.clear()
-            case FromPeer():
-                self._on_peer(message.peer, message.message)
+            case ChangeRole():
+                self._change_role(message.role)
+            case AskPool():
+                self._say(PoolNews(pool_report(self.node)))
+            case Leave():
+                self._leaving = True
             case _ if callable(message):
                 message()
             case _:
@@ -174,13 +224,16 @@ class Instance:
     def _flush(self) -> None:
         if self._events:
             events, self._events = self._events, []
-            self._emit(self.spec.name, events)
+            self._say(News(tuple(events)))
 
     # -- requests ---------------------------------------------------------------------------------------------
 
     def _submit(self, message: Submit, now: float) -> None:
         request = message.request
-        seq = Sequence(request, list(request.prompt), message.decode, stamps=Stamps(arrival=request.arrival))
+        if request.id in self._by_id:
+            return  # it came twice
+        stamps = Stamps(arrival=request.arrival, first_token=message.first_token)
+        seq = Sequence(request, [*request.prompt, *message.generated], message.decode, stamps=stamps)
         self.scheduler.submit(seq)
         if not self._was_aborted(seq):
             self._by_id[request.id] = seq
@@ -202,6 +255,8 @@ class Instance:
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence from whatever state, giving back every block."""
+        if reason is FinishReason.STOP and seq.state is State.RUNNING:
+            self._retire(seq)
         for transfer_id in [key for key, other in self._moving.items() if other is seq]:
             del self._moving[transfer_id]
             self.node.abort(transfer_id)
@@ -211,23 +266,28 @@ class Instance:
     def _finished(self, seq: Sequence, reason: FinishReason, token: Event | None = None) -> None:
         del self._by_id[seq.request.id]
         prompt = len(seq.request.prompt)
-        usage = Usage(prompt, len(seq.tokens) - prompt, seq.cached_tokens)
+        made, tokens = len(seq.tokens) - prompt, token.tokens if token else ()
         self._events.append(
             Event(
                 seq.request.id,
-                token.tokens if token else (),
+                tokens,
                 token.logprobs if token else (),
                 finish=reason,
-                usage=usage,
+                usage=Usage(prompt, made, seq.cached_tokens),
                 timings=seq.stamps.timings(),
+                start=made - len(tokens),
             )
         )
 
     def _reap(self, now: float) -> None:
-        """End what is past its deadline: requests, transfers, remembered aborts."""
+        """End what is past its deadline: requests, transfers, remembered aborts; and leave, when all is done."""
         for seq in [seq for seq in self._by_id.values() if seq.request.deadline and now > seq.request.deadline]:
             self._end(seq, FinishReason.DEADLINE)
         self.node.poll(now)
+        self._prober.poll(now)
+        if self._leaving and not self._by_id and not self._returns:
+            self._leaving = False
+            self._say(Left())
         while self._aborted:
             oldest = next(iter(self._aborted))
             if len(self._aborted) <= MAX_REMEMBERED_ABORTS and now - self._aborted[oldest][0] < REMEMBER_ABORT_S:
@@ -247,13 +307,14 @@ class Instance:
             about = described[rows[id(seq)]]
             if about is not None and token >= 0:
                 logprobs = (about,)
-            event = Event(seq.request.id, (token,) if token >= 0 else (), logprobs)
+            shown = (token,) if token >= 0 else ()
+            start = len(seq.tokens) - len(seq.request.prompt) - len(shown)
+            event = Event(seq.request.id, shown, logprobs, start=start)
             if finish is not None:
                 self._finished(seq, finish, token=event)
                 continue
             self._events.append(event)
             if seq.state is State.LEAVING:
-                self._flush()  # the receiver's events must not overtake this token
                 self._hand_over(seq, now)
 
     def _weigh(self, flight: Flight, now: float) -> None:
@@ -281,19 +342,33 @@ class Instance:
     # -- moving a sequence away -------------------------------------------------------------------------------
 
     def _leaves(self, seq: Sequence) -> bool:
-        """A prefill-only instance lets go as soon as there is nothing left to catch up with."""
-        return not self.spec.role.decodes and not seq.stays and not seq.full and seq.decode_hint != self.spec.name
+        """A prefill-only instance lets go as soon as there is nothing left to catch up with, others when asked."""
+        wanted = seq.moving or not self.role.decodes and not seq.stays
+        if not wanted or seq.full or seq.decode_hint in (None, self.spec.name):
+            return False
+        return self.node.peers.known(str(seq.decode_hint)) is not None
+
+    def _move(self, message: Move) -> None:
+        seq = self._by_id.get(message.request_id)
+        if seq is not None and message.to != self.spec.name:
+            seq.decode_hint, seq.moving = message.to, True
 
     def _hand_over(self, seq: Sequence, now: float) -> None:
         """Offer a sequence whose tokens are all computed but the last to the instance that is to decode it."""
         assert seq.decode_hint is not None and seq.landed == len(seq.tokens) - 1, (seq.decode_hint, seq.landed)
         seq.stamps.left = now
-        tokens, private = seq.tokens[: seq.landed], pack_sequence(seq)
+        origin = seq.origin if self.role.decodes else self.spec.name
+        tokens, private = seq.tokens[: seq.landed], pack_sequence(seq, now, origin)
         blocks = self.scheduler.hand_blocks_over(seq)
-        moving = self.node.transfer_with_insert(
-            seq.decode_hint, tokens, blocks, flags=tx.Flags.CLAIM, private=private, salt=seq.request.salt
-        )
-        self.pool.free_mem(blocks)  # the transfer holds them
+        try:
+            moving = self.node.transfer_with_insert(
+                seq.decode_hint, tokens, blocks, flags=tx.Flags.CLAIM, private=private, salt=seq.request.salt
+            )
+        except PoolError:  # its link went down since the step was planned
+            self.scheduler.stay(seq)
+            return
+        finally:
+            self.pool.free_mem(blocks)  # the transfer holds them
         self._moving[moving.transfer_id] = seq
         moving.future.add_done_callback(lambda _: self._moved(moving))
 
@@ -308,25 +383,84 @@ class Instance:
         else:
             self.scheduler.stay(seq)
 
+    def _retire(self, seq: Sequence) -> None:
+        """A sequence has ended well: what was made here may go back to where its prompt was computed."""
+        if self._caching.returns and self.pool.caching:
+            self._returns.send(seq)
+
     # -- taking a sequence in ---------------------------------------------------------------------------------
 
     def _on_peer(self, peer: str, message: tx.Message) -> None:
         # Whoever waits here for blocks is older than a newcomer: nobody is adopted before it has got them.
         crowded = bool(self.scheduler.waiting) or len(self._by_id) >= 2 * self.scheduler.max_seqs
-        if isinstance(message, tx.Offer) and message.flags & tx.Flags.CLAIM and crowded:
-            self._send(peer, tx.Refuse(message.transfer_id, "too many sequences"))
+        if isinstance(message, tx.Offer) and message.flags & tx.Flags.CLAIM and (crowded or self._leaving):
+            if self.node.peers.known(peer) is not None:
+                self._send(peer, tx.Refuse(message.transfer_id, "too many sequences"))
         else:
             self.node.handle(peer, message)
 
     def _adopt(self, arrived: tx.Arrived) -> None:
         """Every block is in place: go on with the sequence here."""
+        now = time.monotonic()
         try:
-            seq = unpack_sequence(arrived.private, arrived.tokens or (), self.spec.name)
+            seq = unpack_sequence(arrived.private, arrived.tokens or (), self.spec.name, now)
         except TransferError:
             self.pool.free_mem(arrived.blocks)
             raise
-        seq.stamps.adopted = time.monotonic()
+        if seq.request.id in self._by_id:  # it has come back before its former stay here was over
+            self.pool.free_mem(arrived.blocks)
+            return
+        seq.stamps.adopted = now
         self.scheduler.adopt(seq, list(arrived.blocks), len(arrived.tokens or ()))
         self._swap()
         if not self._was_aborted(seq):
             self._by_id[seq.request.id] = seq
+
+    # -- the cluster ------------------------------------------------------------------------------------------
+
+    def _on_roster(self, roster: Roster) -> None:
+        """Who is there: what those have here that are not, or not in the same life, is freed (paper section 4.4)."""
+        epochs = {member.name: member.epoch for member in roster.members}
+        for peer in self.node.peers.names():
+            known = self.node.peers.known(peer)
+            if known is not None and epochs.get(peer, known.epoch + 1) > known.epoch:
+                self._prober.forget(peer) if peer not in epochs else None
+                self.node.forget_peer(peer)
+        state = next((m.state for m in roster.members if m.name == self.spec.name), None)
+        if state is MemberState.READY and not self._was_ready:
+            self._was_ready = True
+            self.node.tally.reset()  # what moved so far was probes
+        self.on_roster(roster)
+
+    def begin_life(self, epoch: int) -> None:
+        """The cluster held this instance for dead: drop every sequence and every claim of others; the cache stays.
+
+        To be called on the instance's thread. Raises Unavailable while blocks are still being written.
+        """
+        for seq in list(self._by_id.values()):
+            for transfer_id in [key for key, other in self._moving.items() if other is seq]:
+                del self._moving[transfer_id]
+                self.node.abort(transfer_id)
+            self.scheduler.finish(seq)
+        self._by_id.clear()
+        self._aborted.clear()
+        self._events.clear()
+        for peer in list(self.node.peers.names()):
+            self.node.forget_peer(peer)
+        self._was_ready = self._leaving = False
+        self.pool.begin_life(epoch)
+
+    def _change_role(self, role: Role) -> None:
+        """Prefer something else, once all shapes of that role are compiled, beside the steps of the present one."""
+        shapes = tuple(sorted({*self._shapes_of(role), *self.runner.shapes}))
+
+        def compile_and_take() -> None:
+            self.runner.add_shapes(shapes)
+            self.post(functools.partial(self._take_role, role))
+
+        threading.Thread(target=compile_and_take, name=f"{self.spec.name}-compile", daemon=True).start()
+
+    def _take_role(self, role: Role) -> None:
+        self.role = role
+        self.pool.caching = self._caching.keeps(role)
+        self.scheduler.take_shapes(self._shapes_of(role))

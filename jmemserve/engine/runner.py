@@ -93,6 +93,16 @@ class Runner:
                 yield
         self.store.warm_up()
 
+    def add_shapes(self, shapes: tuple[StepShape, ...]) -> None:
+        """Compile what these need more than is there, while steps go on; from any thread."""
+        for shape in shapes:
+            if shape not in self._steps:
+                self._compile_step(shape)
+            for name in _SAMPLERS:
+                if (name, shape.seqs) not in self._samplers:
+                    self._compile_sampler(name, shape.seqs)
+        self.shapes = tuple(sorted({*self.shapes, *shapes}))
+
     def _compile_step(self, shape: StepShape) -> None:
         ints = jax.ShapeDtypeStruct((_num_ints(shape, self.width),), jnp.int32, sharding=self._everywhere)
         out = (self.store.pages_sharding, self._everywhere)

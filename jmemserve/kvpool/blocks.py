@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jmemserve.errors import InvalidAddresses, PoolFull
+from jmemserve.errors import InvalidAddresses, PoolFull, Unavailable
 from jmemserve.kvpool import audit, reclaim
 from jmemserve.kvpool.address import BlockAddress, Medium
 from jmemserve.kvpool.events import EventLog, Snapshot
@@ -50,6 +50,7 @@ class BlockPool:
     ):
         assert block_size >= 1, f"{block_size=}"
         self.instance, self.epoch, self.block_size, self.model = instance, epoch, block_size, model
+        self.caching = True  # off: ``insert`` keeps nothing and nothing is found
         self.log = log
         self._ledgers = (Ledger(instance, epoch, HBM, num_blocks), Ledger(instance, epoch, DRAM, dram_blocks))
         refs_hbm, refs_dram = self._ledgers[HBM].refs, self._ledgers[DRAM].refs
@@ -202,6 +203,8 @@ class BlockPool:
         if len(addresses) < count:
             raise InvalidAddresses(f"{len(tokens)} tokens fill {count} blocks, but only {len(addresses)} are given")
         locations = self._refs.live(addresses[:count])
+        if not self.caching:
+            return []
         index, space = self._index, self.space(salt, adapter)
         index.clock += 1
         if 0 < start < count and index.quota is None:
@@ -238,13 +241,14 @@ class BlockPool:
         This is for keys and values that travel; it does not count as a hit or a query.
         """
         space = self.space(salt, adapter)
-        limit = min(limit, len(tokens) // self.block_size) if space in self._index.spaces else 0
+        known = self.caching and space in self._index.spaces
+        limit = min(limit, len(tokens) // self.block_size) if known else 0
         locations = self._index.find(pack(tokens, limit * self.block_size), space, limit) if limit > 0 else []
         hbm, dram = self._ledgers
         if not dram.capacity:
             hbm.hold(locations)
-            known = hbm.addresses
-            addresses = [known[block] or hbm.address(block) for block in locations]
+            made = hbm.addresses
+            addresses = [made[block] or hbm.address(block) for block in locations]
         else:
             hbm.hold(location for location in locations if location > 0)
             dram.hold(-location for location in locations if location < 0)
@@ -258,7 +262,7 @@ class BlockPool:
     def peek_media(self, tokens: Tokens, salt: str = "", adapter: str = "") -> tuple[int, int]:
         """The same in blocks, as (to be had from HBM, only from DRAM)."""
         limit, space = (len(tokens) - 1) // self.block_size, self.space(salt, adapter)
-        if limit <= 0 or space not in self._index.spaces:
+        if limit <= 0 or space not in self._index.spaces or not self.caching:
             return 0, 0
         found = self._index.find(pack(tokens, limit * self.block_size), space, limit)
         in_dram = sum(location < 0 for location in found)
@@ -276,6 +280,15 @@ class BlockPool:
     def clear(self) -> int:
         """Forget every prefix and return how many copies the index had. Held blocks survive until they are freed."""
         return self._refs.forget(self._index.remove_all())
+
+    def begin_life(self, epoch: int) -> None:
+        """Addresses given out before are void, the cache stays. Raises Unavailable while a block is held."""
+        if self.held or self._ledgers[DRAM].num_held:
+            raise Unavailable(f"{self.held + self._ledgers[DRAM].num_held} blocks of {self.instance} are still held")
+        assert epoch > self.epoch, (epoch, self.epoch)
+        self.epoch = epoch
+        for ledger in self._ledgers:
+            ledger.begin_life(epoch)
 
     def space(self, salt: str, adapter: str = "") -> bytes:
         """What two prefixes must share to meet: model, adapter and cache salt, as one key."""

@@ -55,6 +55,11 @@ class Ledger:
         """Blocks that an allocation can get: free and cached."""
         return len(self.free_list) + self.num_cached
 
+    def begin_life(self, epoch: int) -> None:
+        """All addresses are void from now on. No block is held."""
+        self.epoch = epoch
+        self.addresses = [None] * (self.capacity + 1)
+
     def address(self, block: int) -> BlockAddress:
         """The address of a block in its current generation."""
         address = self.addresses[block]

@@ -27,13 +27,16 @@ class LocalScheduler:
     """The sequences of one instance and their blocks in its pool."""
 
     def __init__(
-        self, pool: BlockPool, shapes: tuple[StepShape, ...], leaves: Callable[[Sequence], bool] = lambda seq: False
+        self,
+        pool: BlockPool,
+        shapes: tuple[StepShape, ...],
+        leaves: Callable[[Sequence], bool] = lambda seq: False,
+        retires: Callable[[Sequence], None] = lambda seq: None,
     ):
         self.pool = pool
-        self.shapes = shapes
         self.leaves = leaves  # asked right after planning: does the sequence leave once this step has landed?
-        self.max_tokens = max(shape.tokens for shape in shapes)
-        self.max_seqs = max(shape.seqs for shape in shapes)
+        self.retires = retires  # told of a sequence that has ended well and still holds its blocks
+        self.take_shapes(shapes)
         self.waiting: deque[Sequence] = deque()  # oldest arrival first
         self.running: list[Sequence] = []  # oldest arrival first
         self.leaving: list[Sequence] = []
@@ -42,6 +45,12 @@ class LocalScheduler:
         self.swap_costs = SwapCosts()
         self.preemptions = 0
         self.plans = 0
+
+    def take_shapes(self, shapes: tuple[StepShape, ...]) -> None:
+        """Plan steps of these shapes from now on."""
+        self.shapes = shapes
+        self.max_tokens = max(shape.tokens for shape in shapes)
+        self.max_seqs = max(shape.seqs for shape in shapes)
 
     # -- sequences come and go --------------------------------------------------------------------------------
 
@@ -88,7 +97,7 @@ class LocalScheduler:
     def stay(self, seq: Sequence) -> None:
         """Nobody took a sequence whose blocks were handed over: it is caught up here, mostly from the cache."""
         self.leaving.remove(seq)
-        seq.stays, seq.state = True, State.WAITING
+        seq.stays, seq.moving, seq.state = True, False, State.WAITING
         seq.computed = seq.landed = seq.indexed = 0
         self._queue(seq)
 
@@ -170,6 +179,8 @@ class LocalScheduler:
                 self._index(seq)
             if piece.samples:
                 if finish is not None:
+                    if piece.turn == seq.turns:
+                        self.retires(seq)
                     self.finish(seq)
                 news.append((seq, shown, finish))
         return news

@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 # What a running sequence costs a newcomer, in tokens of work: it takes its share of every step to come.
 RUNNING_TOKENS = 64.0
+BYPASS_TOKENS = 256  # a longer uncached part would hold up the sequences that are decoded there
+BYPASS_SHARE = 4.0  # so many running sequences make a token at a decode instance cost twice what it costs alone
+HANDOVER_TOKENS = 48.0  # what a hand-over costs besides its bytes, in tokens of work
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +55,18 @@ def least_load(view: View) -> str:
 def round_robin(view: View) -> str:
     """One after the other."""
     return view.candidates[view.turn % len(view.candidates)].name
+
+
+def bypasses(prefill: Candidate, decode: Candidate, moved_cost: float) -> bool:
+    """Is a short prompt done sooner if it is prefilled where it will be decoded?
+
+    There it lacks perhaps more, and every sequence that runs waits for it; but it neither queues nor travels.
+    """
+    if decode.uncached > BYPASS_TOKENS:
+        return False
+    here = decode.pending + decode.uncached * (1 + decode.running / BYPASS_SHARE)
+    there = load(prefill) + prefill.uncached + HANDOVER_TOKENS + moved_cost * decode.uncached
+    return here < there
 
 
 POLICIES: dict[str, Policy] = {

@@ -6,7 +6,7 @@ has more than ``max_blocks`` nodes: the oldest leave first.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jmemserve.kvpool import block_keys
 
@@ -42,14 +42,15 @@ class PromptTree:
     def insert(self, tokens: Sequence[int], instance: str, now: float, salt: str = "") -> None:
         """The instance has the whole blocks of ``tokens`` (as many of the first ones as the tree may have nodes)."""
         count = min(len(tokens) // self._block_size, self._max_blocks)
-        if count == 0:
-            return
-        root = salt.encode()
+        if count:
+            self._insert_keys(salt.encode(), block_keys(tokens, self._block_size, count), instance, now)
+
+    def _insert_keys(self, root: bytes, keys: Iterable[bytes], instance: str, now: float) -> None:
         node = self._roots.get(root)
         if node is None:
             node = self._roots[root] = _Node(None, root)
         path = []
-        for key in block_keys(tokens, self._block_size, count):
+        for key in keys:
             child = node.children.get(key)
             if child is None:
                 child = node.children[key] = _Node(node, key)
@@ -90,6 +91,21 @@ class PromptTree:
             node.holders.pop(instance, None)
             if not node.holders and not node.children:
                 self._remove(node)
+
+    def move(self, instance: str, to: "PromptTree") -> None:
+        """The instance and all it holds belong into another tree from now on."""
+        for node in reversed(list(self._nodes)):  # parents first, so that a longer path renews a shorter one
+            time = node.holders.get(instance)
+            if time is None or any(instance in child.holders for child in node.children.values()):
+                continue  # not the end of a path
+            keys = []
+            place: _Node | None = node
+            while place is not None and place.parent is not None:
+                keys.append(place.key)
+                place = place.parent
+            assert place is not None
+            to._insert_keys(place.key, keys[::-1], instance, time)
+        self.remove_instance(instance)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -9,9 +9,9 @@ import dataclasses
 import enum
 from collections.abc import Sequence
 
-from jmemserve.config import Role
+from jmemserve.config import Bypass, Caching, Role
 from jmemserve.errors import ConfigError, Unavailable
-from jmemserve.scheduler.policies import POLICIES, Candidate, View
+from jmemserve.scheduler.policies import POLICIES, Candidate, View, bypasses
 from jmemserve.scheduler.prompt_tree import PromptTree
 
 TREE_BLOCKS = 1 << 16  # nodes of one role's tree, some 400 bytes each
@@ -76,12 +76,15 @@ class Router:
         policy: str = "longest_prefix",
         tree_blocks: int = TREE_BLOCKS,
         tree_ttl_s: float = TREE_TTL_S,
+        caching: Caching = Caching.FULL,
+        bypass: Bypass = Bypass.OFF,
     ):
         if policy not in POLICIES:
             raise ConfigError(f"there is no routing policy {policy!r}; the policies are {', '.join(POLICIES)}")
         self._policy = POLICIES[policy]
         self._instances = {name: _Instance(name, role) for name, role in instances}
         assert len(self._instances) == len(instances), f"instance names are not unique: {instances}"
+        self._caching, self._bypass = caching, bypass
         self._trees = {role: PromptTree(block_size, tree_blocks, tree_ttl_s) for role in Role}
         self._flights: dict[str, _Flight] = {}
         self._turn = 0
@@ -90,9 +93,50 @@ class Router:
         """Requests on their way."""
         return len(self._flights)
 
+    def __contains__(self, instance: str) -> bool:
+        return instance in self._instances
+
     def load(self, instance: str) -> Load:
         """A copy of what the router counts for an instance."""
         return dataclasses.replace(self._instances[instance].load)
+
+    def add(self, instance: str, role: Role) -> None:
+        """An instance has joined, or begins another life; it gets requests from now on."""
+        old = self._instances.get(instance)
+        if old is not None and old.state is not InstanceState.DEAD:
+            self.set_state(instance, InstanceState.DEAD)
+        self._instances[instance] = _Instance(instance, role)
+
+    def remove(self, instance: str) -> None:
+        """An instance is gone for good. One that is unknown is nothing to do."""
+        if instance in self._instances:
+            self.set_state(instance, InstanceState.DEAD)
+            del self._instances[instance]
+
+    def set_role(self, instance: str, role: Role) -> None:
+        """The instance prefers something else; what it holds stays known."""
+        found = self._instances[instance]
+        if found.role is not role:
+            self._trees[found.role].move(instance, self._trees[role])
+            found.role = role
+
+    def others(self, instance: str) -> bool:
+        """Whether another instance is ready."""
+        return any(i.state is InstanceState.READY and i.name != instance for i in self._instances.values())
+
+    def relief(self, tokens: Sequence[int], salt: str, without: str, now: float) -> str | None:
+        """Who should go on with a sequence that leaves an instance; None: nobody else is ready."""
+        ready = [i for i in self._instances.values() if i.state is InstanceState.READY and i.name != without]
+        decoders = [i for i in ready if i.role.decodes] or ready
+        if not decoders:
+            return None
+        return self._pick(decoders, self._held(tokens, salt, now), len(tokens), MOVED_TOKEN_COST).name
+
+    def _held(self, tokens: Sequence[int], salt: str, now: float) -> dict[str, int]:
+        held: dict[str, int] = {}
+        for tree in self._trees.values():
+            held.update(tree.match(tokens, now, salt))
+        return held
 
     def route(self, request_id: str, tokens: Sequence[int], salt: str, now: float) -> Route:
         """Choose instances for a request and count it there until ``on_finished``.
@@ -103,9 +147,7 @@ class Router:
         ready = [instance for instance in self._instances.values() if instance.state is InstanceState.READY]
         if not ready:
             raise Unavailable("no instance is ready: all are draining or dead")
-        held: dict[str, int] = {}
-        for tree in self._trees.values():
-            held.update(tree.match(tokens, now, salt))
+        held = self._held(tokens, salt, now)
         # Any instance can do either: the role only says who is asked first.
         prefill = self._pick([i for i in ready if i.role.prefills] or ready, held, len(tokens), 1.0)
         decode = prefill
@@ -113,6 +155,10 @@ class Router:
             decoders = [instance for instance in ready if instance.role.decodes]
             if decoders:
                 decode = self._pick(decoders, held, len(tokens), MOVED_TOKEN_COST)
+        if decode is not prefill and self._bypass is Bypass.AUTO:
+            one, other = (self._candidate(i, held, len(tokens)) for i in (prefill, decode))
+            if bypasses(one, other, MOVED_TOKEN_COST):
+                prefill = decode
         cached = held.get(prefill.name, 0)
         pending = len(tokens) - cached
         self._turn += 1
@@ -145,6 +191,8 @@ class Router:
         if flight.started:
             # The last token was never fed back, so its keys and values were never computed.
             self._learn(flight.decode, flight.decode_load, tokens[:-1], flight.salt, now)
+            if self._caching.returns:
+                self._learn(flight.prefill, flight.prefill_load, tokens[:-1], flight.salt, now)
         else:
             self._leave_prefill(flight)
         flight.decode_load.running -= 1
@@ -179,12 +227,13 @@ class Router:
     def _pick(
         self, instances: Sequence[_Instance], held: dict[str, int], num_tokens: int, token_cost: float
     ) -> _Instance:
-        candidates = []
-        for instance in instances:
-            cached = held.get(instance.name, 0)
-            load = instance.load
-            candidates.append(Candidate(instance.name, cached, num_tokens - cached, load.pending, load.running))
-        return self._instances[self._policy(View(tuple(candidates), self._turn, token_cost))]
+        candidates = tuple(self._candidate(instance, held, num_tokens) for instance in instances)
+        return self._instances[self._policy(View(candidates, self._turn, token_cost))]
+
+    @staticmethod
+    def _candidate(instance: _Instance, held: dict[str, int], num_tokens: int) -> Candidate:
+        cached, load = held.get(instance.name, 0), instance.load
+        return Candidate(instance.name, cached, num_tokens - cached, load.pending, load.running)
 
     def _leave_prefill(self, flight: _Flight) -> None:
         flight.prefill_load.pending -= flight.pending
@@ -192,6 +241,8 @@ class Router:
             flight.prefill_load.running -= 1
 
     def _learn(self, instance: _Instance, load: Load, tokens: Sequence[int], salt: str, now: float) -> None:
-        """The instance has these tokens cached, if it still is the life that computed them."""
+        """The instance has these tokens cached, if it caches and still is the life that computed them."""
+        if not self._caching.keeps(instance.role):
+            return
         if instance.load is load and instance.state is not InstanceState.DEAD:
             self._trees[instance.role].insert(tokens, instance.name, now, salt)

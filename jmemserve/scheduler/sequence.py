@@ -63,6 +63,8 @@ class Sequence:
     indexed: int = 0  # leading blocks that were offered to the token index
     state: State = State.WAITING
     stays: bool = False  # nobody would take it: it decodes here, whatever the role says
+    moving: bool = False  # it was asked to go on at ``decode_hint``
+    origin: str | None = None  # the instance that prefilled it and wants back what is made here
     turns: int = 0  # raised whenever the blocks are given back, so that an old flight can be told from a new one
     cached_tokens: int = 0  # prompt tokens found in a prefix cache at first admission
     first_admission: bool = True

@@ -75,7 +75,7 @@ async def _load(config: ServeConfig, report: Report, frontend: Frontend, stop: a
     loading.result()
     if text is None:
         report.line("there is no tokenizer.json: requests must give token ids")
-    vocab_size, max_model_len = cluster.model_config.vocab_size, cluster.max_model_len
+    vocab_size, max_model_len = cluster.vocab_size, cluster.max_model_len
     frontend.open(cluster, load_model(config.served_model_name, vocab_size, max_model_len, cluster.folder, text))
     return cluster
 

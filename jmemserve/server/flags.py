@@ -12,6 +12,8 @@ import yaml
 
 from jmemserve.config import (
     BlockLayout,
+    Bypass,
+    Caching,
     ClusterSpec,
     EngineConfig,
     Granularity,
@@ -97,12 +99,15 @@ _ENGINE = (
     _engine_flag("swap", SwapPolicy, "use host memory while it costs less than computing again, or always"),
     _engine_flag("block_layout", BlockLayout, "how KV pages lie in device memory"),
     _engine_flag("transfer_granularity", Granularity, "how the bytes of moving blocks are cut"),
+    _engine_flag("caching", Caching, "who keeps KV for later requests; full: decode-made KV goes back to prefill"),
+    _engine_flag("bypass", Bypass, "prefill short uncached prompts where they will be decoded"),
     _engine_flag("block_checksums", Switch, "compare the bytes of moved blocks with what they were"),
     _engine_flag("salt_quota_tokens", int, "cached tokens per cache salt in device memory; default: any"),
     _engine_flag("salt_quota_host_tokens", int, "cached tokens per cache salt in host memory; default: any"),
     _engine_flag("max_num_seqs", int, "sequences in one step of an instance"),
     _engine_flag("max_num_batched_tokens", int, "new tokens in one step of an instance"),
     _engine_flag("max_queue", int, "waiting requests before new ones are refused"),
+    _engine_flag("heartbeat_timeout_s", float, "seconds of silence after which an instance is dead"),
     _engine_flag("warmup", Warmup, "what is compiled before the server is ready"),
     _Flag("compilation_cache_dir", str, default_cache_dir(), f"keeps compiled steps between starts; {OFF!r}: none"),
 )

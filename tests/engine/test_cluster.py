@@ -230,7 +230,7 @@ def test_a_dead_instance_fails_its_requests_at_once(model) -> None:
     driver = Driver(model, "colocated")
     failures = []
     driver.cluster.on_failure = failures.append
-    instance = driver.cluster._instances["colocated0"]
+    instance = driver.instances["colocated0"]
 
     def broken(plan):
         raise RuntimeError("the device is gone")

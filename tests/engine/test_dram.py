@@ -48,7 +48,7 @@ def test_what_was_swapped_out_comes_back(model, truth, mesh: str, changes: dict)
     with Driver(model, mesh, **(DRAM | changes)) as driver:
         for _ in range(3):
             assert driver.generate(prompts, GREEDY) == expected
-        stats = [instance.pool.stats() for instance in driver.cluster._instances.values()]
+        stats = [instance.pool.stats() for instance in driver.instances.values()]
         assert stats[0].swapped_out > 20 and stats[0].swapped_in > 20 and stats[0].dram_hit_tokens > 80
         assert sum(load.compiles_after_warmup for load in driver.cluster.loads()) == 0
 
@@ -60,7 +60,7 @@ def test_preempted_sequences_come_back_from_dram(model, truth) -> None:
     with Driver(model, "colocated", **DRAM) as driver:
         assert driver.generate(prompts, SamplingParams(temperature=0, max_tokens=40)) == expected
         assert driver.cluster.loads()[0].preemptions > 0
-        assert driver.cluster._instances["colocated0"].pool.stats().swapped_in > 0
+        assert driver.instances["colocated0"].pool.stats().swapped_in > 0
 
 
 def test_aborted_while_swapped_frees_everything(model) -> None:
@@ -107,7 +107,7 @@ def test_swapping_stops_where_it_costs_more_than_computing(model, truth) -> None
     prompts = make_prompts(9)
     expected = [truth(prompt, 10) for prompt in prompts]
     with Driver(model, "colocated", **(DRAM | {"swap": SwapPolicy.AUTO})) as driver:
-        instance = driver.cluster._instances["colocated0"]
+        instance = driver.instances["colocated0"]
         for _ in range(2):
             assert driver.generate(prompts, GREEDY) == expected
         for _ in range(20):  # swaps have become slow

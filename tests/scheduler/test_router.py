@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from jmemserve.config import Role
+from jmemserve.config import Caching, Role
 from jmemserve.errors import ConfigError, Unavailable
 from jmemserve.scheduler.policies import POLICIES, Candidate, View, longest_prefix
 from jmemserve.scheduler.router import InstanceState, Load, Router
@@ -55,10 +55,16 @@ def test_a_prefix_is_followed_on_both_sides():
 
 
 def test_the_prefill_side_learns_the_prompt_and_the_decode_side_the_answer():
-    router = Router([("prefill0", Role.PREFILL), ("decode0", Role.DECODE)], C)
-    serve(router, "a", [*range(8)], [*range(8, 17)])
-    assert serve(router, "b", [*range(17)]).predicted_cached_tokens == 8
-    assert router._trees[Role.DECODE].match([*range(18)], 0.0) == {"decode0": 16}
+    for caching, at_prefill, at_decode in (
+        (Caching.NONE, 0, {}),
+        (Caching.PREFILL, 8, {}),
+        (Caching.DELTA, 8, {"decode0": 16}),
+        (Caching.FULL, 16, {"decode0": 16}),  # the answer comes back
+    ):
+        router = Router([("prefill0", Role.PREFILL), ("decode0", Role.DECODE)], C, caching=caching)
+        serve(router, "a", [*range(8)], [*range(8, 17)])
+        assert serve(router, "b", [*range(17)]).predicted_cached_tokens == at_prefill
+        assert router._trees[Role.DECODE].match([*range(18)], 0.0) == at_decode
 
 
 def test_what_never_started_is_not_believed_cached():

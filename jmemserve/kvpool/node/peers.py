@@ -29,20 +29,20 @@ class Peers:
         self._blocks = blocks
         kinds = dataclasses.asdict(store.layout) | {"checksums": store.checksum_kind, "model": blocks.model}
         kinds.pop("aggregated")  # how pages lie in memory is each side's own affair
-        self._schema = ", ".join(f"{name}={value}" for name, value in kinds.items())
+        self.schema = ", ".join(f"{name}={value}" for name, value in kinds.items())
         self._peers: dict[str, Peer] = {}
 
     def hello(self) -> tx.Hello:
         """What this side says first."""
         endpoints = {transport.name: transport.endpoint() for transport in self.transports}
-        return tx.Hello(self._blocks.instance, self._blocks.epoch, self._schema, endpoints)
+        return tx.Hello(self._blocks.instance, self._blocks.epoch, self.schema, endpoints)
 
     def greet(self, hello: tx.Hello) -> Peer:
         """Link up with whoever said this. Raises TransferError: another schema, a former life, no common transport."""
         if hello.instance == self._blocks.instance:
             raise TransferError(f"the peer has our own name, {hello.instance}; give every instance another")
-        if hello.schema != self._schema:
-            raise TransferError(f"blocks of {hello.instance} are ({hello.schema}), ours are ({self._schema})")
+        if hello.schema != self.schema:
+            raise TransferError(f"blocks of {hello.instance} are ({hello.schema}), ours are ({self.schema})")
         known = self._peers.get(hello.instance)
         if known is not None and hello.epoch < known.epoch:
             raise TransferError(f"{hello.instance} is in epoch {known.epoch}; {hello.epoch} is a former life")

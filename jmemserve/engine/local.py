@@ -1,0 +1,67 @@
+"""The instances of one process: what an instance needs around it to be a member of a cluster."""
+
+from collections.abc import Callable
+
+from jmemserve.config import InstanceSpec
+from jmemserve.engine.build import Parts
+from jmemserve.engine.instance import Instance
+from jmemserve.engine.links import Links, Neighbours, Side
+from jmemserve.engine.messages import FromPeer
+from jmemserve.errors import TransferError, Unavailable
+from jmemserve.kvpool import transfer as tx
+from jmemserve.scheduler.messages import FromInstance, Ready
+
+
+class Host:
+    """One instance with its links. ``say`` gets what it says to the front-end; ``on_failure`` its end, if it dies."""
+
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        parts: Parts,
+        make_links: Callable[[Side], Links],
+        say: Callable[[FromInstance], None],
+        on_failure: Callable[[BaseException], None],
+    ):
+        self.max_model_len = parts.max_model_len
+        self.instance = Instance(spec, parts, self._send, self._linked, say, on_failure)
+        self.links = make_links(self)
+        self.neighbours = Neighbours(spec.name, self.links, lambda: self.instance.pool.epoch)
+        self.instance.on_roster = self.neighbours.update
+
+    def ready(self) -> Ready:
+        """What the front-end is told when all is loaded."""
+        return Ready(self.links.address, (("kind of blocks", self.instance.node.peers.schema),), self.max_model_len)
+
+    def close(self) -> None:
+        """End the thread and the links."""
+        self.neighbours.close()
+        self.instance.stop()
+
+    # -- as its links see it ------------------------------------------------------------------------------------------
+
+    def hello(self) -> tx.Hello:
+        return self.instance.call(self.instance.node.peers.hello)
+
+    def accept(self, hello: tx.Hello) -> str:
+        if not self.instance.alive:
+            raise TransferError(f"{self.instance.spec.name} is dead")
+        try:
+            return self.instance.call(lambda: self.instance.node.greet(hello)).name
+        except Unavailable as error:
+            raise TransferError(str(error)) from error
+
+    def on_message(self, message: FromPeer) -> None:
+        self.instance.post(message)
+
+    def on_down(self, peer: str) -> None:
+        self.instance.post(lambda: self.instance.node.link_lost(peer))
+
+    def _linked(self, peer: str) -> bool:
+        return peer in self.links.peers()
+
+    def _send(self, peer: str, message: tx.Message) -> None:
+        try:
+            self.links.send(peer, message)
+        except TransferError:  # the link is down, and says so in its own time
+            self.instance.node.tally.dropped += 1

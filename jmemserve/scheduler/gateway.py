@@ -1,0 +1,290 @@
+"""The requests in flight: where each of them is, what its client has got, and how it goes on when an instance dies.
+
+    submit ──▶ attempt 1 at (P, D) ──▶ news, in order ──▶ finished
+                   │ P or D is lost
+                   ├──▶ attempt 2 elsewhere, from the tokens that the client has ──▶ ...
+                   └──▶ parked, while no instance is ready; ended with an error after a time
+
+Every attempt has an id of its own, so what a former one still says (a zombie, a message that was late) is nobody's and
+is dropped. News carry their place in the output: two instances reach this by different links, so what comes early waits
+and what comes twice is cut off. Since a token depends on the text before it, the seed and its position alone, an
+attempt continues the output as if nothing had happened. Pure: ``now`` is an argument (monotonic seconds).
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+
+from jmemserve.config import Role
+from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable
+from jmemserve.scheduler.messages import Abort, Move, Submit
+from jmemserve.scheduler.router import InstanceState, Router
+from jmemserve.types import Event, FinishReason, Request, Timings, Usage
+
+PARKED_S = 120.0  # how long a request waits for an instance before it fails
+MAX_ATTEMPTS = 6  # in a row without a new token: this request may be what kills the instances
+MOVE_AGAIN_S = 2.0  # a move that failed is asked for again after so long
+
+
+@dataclasses.dataclass(slots=True)
+class _Ticket:
+    """A request in flight. The tokens before ``generated``'s end were delivered, and nothing after it."""
+
+    outer_id: str
+    request: Request  # its id is that of the present attempt
+    number: int
+    attempt: int = 1
+    homes: tuple[str, ...] = ()  # where the present attempt may be, in the order that it goes there; (): parked
+    generated: list[int] = dataclasses.field(default_factory=list)
+    first_token: float = 0.0
+    early: dict[int, tuple[str, Event]] = dataclasses.field(default_factory=dict)  # (from whom, what) by place
+    failures: int = 0  # attempts that were lost since the last token
+    parked: float = 0.0
+    ending: FinishReason | None = None  # an abort is on its way
+    asked: float = 0.0  # when a move was asked for
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        return (*self.request.prompt, *self.generated)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counts:
+    """What happened since the start."""
+
+    retries: int = 0  # attempts begun because an instance was lost
+    late: int = 0  # news of attempts that are over
+    doubled: int = 0  # tokens that had come already
+    moves: int = 0  # sequences asked to move
+    failed: int = 0  # requests given up
+
+
+class Gateway:
+    """Requests among the router's instances. Messages for instances gather in ``outbox``; methods return events."""
+
+    def __init__(self, router: Router, max_queue: int):
+        self.router = router
+        self.outbox: list[tuple[str, Submit | Abort | Move]] = []
+        self.counts = Counts()
+        self._max_queue = max_queue
+        self._tickets: dict[str, _Ticket] = {}  # by the id of the present attempt
+        self._inner: dict[str, str] = {}  # the caller's id -> the id of the present attempt
+        self._numbers = itertools.count(1)
+        self._draining: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._tickets)
+
+    def ids(self) -> list[str]:
+        """The caller's ids of all requests in flight."""
+        return list(self._inner)
+
+    def at(self, instance: str) -> list[str]:
+        """The caller's ids of the requests that may be at an instance."""
+        return [ticket.outer_id for ticket in self._tickets.values() if instance in ticket.homes]
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, now: float, accepted: bool = False, patient: bool = False) -> None:
+        """Start a request whose limits are resolved.
+
+        ``accepted``: it is part of work that was accepted before, and the queue does not refuse it. ``patient``: it may
+        wait for an instance, since one is about to come. Raises DuplicateRequest, Overloaded (too many wait for their
+        first token) or Unavailable (no instance).
+        """
+        if request.id in self._inner:
+            raise DuplicateRequest(f"a request with id {request.id!r} is in flight; use another id, or wait for it")
+        waiting = sum(not ticket.generated for ticket in self._tickets.values())
+        if waiting >= self._max_queue and not accepted:
+            raise Overloaded(f"{waiting} requests wait already (--max-queue); try again later", retry_after_s=1.0)
+        number = next(self._numbers)
+        inner = f"r{number}.1"
+        ticket = _Ticket(request.id, dataclasses.replace(request, id=inner), number, parked=now)
+        self._route(ticket, patient, now)
+        self._tickets[inner] = ticket
+        self._inner[request.id] = inner
+
+    def abort(self, request_id: str, reason: FinishReason, now: float) -> list[Event] | None:
+        """End a request: its last event follows, at once if no instance has it. None: there is no such request."""
+        inner = self._inner.get(request_id)
+        if inner is None:
+            return None
+        ticket = self._tickets[inner]
+        if not ticket.homes:
+            return [self._end(ticket, reason, now)]
+        ticket.ending = reason
+        self.outbox += [(home, Abort(inner, reason)) for home in ticket.homes]
+        return []
+
+    def news(self, instance: str, events: Iterable[Event], now: float) -> list[Event]:
+        """Take an instance's events; returns what is new, in order, under the caller's ids."""
+        out: list[Event] = []
+        late = doubled = 0
+        for event in events:
+            ticket = self._tickets.get(event.request_id)
+            if ticket is None:
+                late += 1
+                continue
+            doubled += max(0, min(len(ticket.generated) - event.start, len(event.tokens)))
+            if event.start not in ticket.early or event.finish is not None:
+                ticket.early[event.start] = instance, event
+            while (following := self._next(ticket)) is not None:
+                out.append(self._deliver(ticket, *following, now))
+        if late or doubled:
+            self.counts = dataclasses.replace(
+                self.counts, late=self.counts.late + late, doubled=self.counts.doubled + doubled
+            )
+        return out
+
+    def tick(self, now: float) -> list[Event]:
+        """What time demands: parked requests find an instance or end; moves that failed are asked for again."""
+        out = []
+        for ticket in [ticket for ticket in self._tickets.values() if not ticket.homes]:
+            deadline = ticket.request.deadline
+            if deadline is not None and now > deadline:
+                out.append(self._end(ticket, FinishReason.DEADLINE, now))
+            elif now - ticket.parked > PARKED_S:
+                out.append(self._fail(ticket, f"no instance was ready for {PARKED_S:g} s", now))
+            else:
+                self._route(ticket, True, now)
+        for instance in sorted(self._draining):
+            self._move_all(instance, now)
+        return out
+
+    def fail_all(self, sentence: str, now: float) -> list[Event]:
+        """End every request with an error."""
+        return [self._fail(ticket, sentence, now) for ticket in list(self._tickets.values())]
+
+    # -- instances ----------------------------------------------------------------------------------------------------
+
+    def add(self, instance: str, role: Role, now: float) -> list[Event]:
+        """An instance is ready; parked requests go there at once."""
+        self.router.add(instance, role)
+        self._draining.discard(instance)
+        return self.tick(now)
+
+    def lost(self, instance: str, now: float) -> list[Event]:
+        """An instance is dead or has left: what it may have had goes on elsewhere."""
+        self._draining.discard(instance)
+        self.router.remove(instance)
+        out = []
+        for ticket in [ticket for ticket in self._tickets.values() if instance in ticket.homes]:
+            for home in ticket.homes:
+                if home != instance:
+                    self.outbox.append((home, Abort(ticket.request.id, FinishReason.ABORT)))
+            if ticket.ending is not None:
+                out.append(self._end(ticket, ticket.ending, now))
+                continue
+            ticket.failures += 1
+            if ticket.failures >= MAX_ATTEMPTS:
+                out.append(self._fail(ticket, f"{ticket.failures} instances in a row were lost with it", now))
+                continue
+            self._retry(ticket, now)
+        return out
+
+    def drain(self, instance: str, now: float) -> None:
+        """An instance gets nothing new, and what it has goes elsewhere, if there is another."""
+        self.router.set_state(instance, InstanceState.DRAINING)
+        self._draining.add(instance)
+        self._move_all(instance, now)
+
+    def move(self, request_id: str, to: str | None, now: float) -> str | None:
+        """Ask a request to go on at another instance; which, or None if there is none or no such request."""
+        inner = self._inner.get(request_id)
+        ticket = self._tickets.get(inner) if inner is not None else None
+        if ticket is None or not ticket.homes:
+            return None
+        target = to or self.router.relief(ticket.known, ticket.request.salt, ticket.homes[-1], now)
+        if target is None or target == ticket.homes[-1]:
+            return None
+        return self._move(ticket, target, now)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _move_all(self, instance: str, now: float) -> None:
+        """Ask every sequence of an instance that drains to go elsewhere."""
+        for ticket in list(self._tickets.values()):
+            if instance not in ticket.homes or ticket.ending is not None or now - ticket.asked < MOVE_AGAIN_S:
+                continue
+            target = self.router.relief(ticket.known, ticket.request.salt, instance, now)
+            if target is not None and target != ticket.homes[0]:
+                self._move(ticket, target, now)
+
+    def _move(self, ticket: _Ticket, target: str, now: float) -> str:
+        """It is at one of its homes, and which is not known here: all are told, and the one that has it obeys."""
+        ticket.asked = now
+        self.outbox += [(home, Move(ticket.request.id, target)) for home in ticket.homes if home != target]
+        ticket.homes = (*(home for home in ticket.homes if home != target), target)
+        self.counts = dataclasses.replace(self.counts, moves=self.counts.moves + 1)
+        return target
+
+    def _retry(self, ticket: _Ticket, now: float) -> None:
+        """The present attempt is over; another begins."""
+        old = ticket.request.id
+        self.router.on_finished(old, ticket.known, now)
+        del self._tickets[old]
+        ticket.attempt += 1
+        inner = f"r{ticket.number}.{ticket.attempt}"
+        ticket.request = dataclasses.replace(ticket.request, id=inner)
+        ticket.early.clear()
+        ticket.homes, ticket.parked, ticket.asked = (), now, 0.0
+        self._tickets[inner] = ticket
+        self._inner[ticket.outer_id] = inner
+        self.counts = dataclasses.replace(self.counts, retries=self.counts.retries + 1)
+        self._route(ticket, True, now)
+
+    def _route(self, ticket: _Ticket, patient: bool, now: float) -> None:
+        """Send the present attempt to an instance. Raises Unavailable if none is ready, unless it may be parked."""
+        try:
+            route = self.router.route(ticket.request.id, ticket.known, ticket.request.salt, now)
+        except Unavailable:
+            if patient:
+                return
+            raise
+        ticket.homes = tuple(dict.fromkeys((route.prefill, route.decode)))
+        message = Submit(ticket.request, route.decode, tuple(ticket.generated), ticket.first_token)
+        self.outbox.append((route.prefill, message))
+
+    @staticmethod
+    def _next(ticket: _Ticket) -> tuple[str, Event] | None:
+        """The waiting event that continues the output, without what was delivered before, and who sent it."""
+        have = len(ticket.generated)
+        for start in sorted(ticket.early):
+            if start > have:
+                return None
+            instance, event = ticket.early.pop(start)
+            stop, skip = start + len(event.tokens), have - start
+            if stop > have or event.finish is not None and stop == have:
+                rest = event.tokens[skip:], event.logprobs[skip:]
+                return instance, dataclasses.replace(event, start=have, tokens=rest[0], logprobs=rest[1])
+        return None
+
+    def _deliver(self, ticket: _Ticket, instance: str, event: Event, now: float) -> Event:
+        inner = ticket.request.id
+        if instance in ticket.homes:  # all that came before is delivered, so where it was before does not matter
+            ticket.homes = ticket.homes[ticket.homes.index(instance) :]
+        if event.tokens:
+            ticket.failures = 0
+            ticket.generated += event.tokens
+            ticket.first_token = ticket.first_token or now
+            self.router.on_first_token(inner, now)
+        if event.finish is not None:
+            self.router.on_finished(inner, ticket.known, now)
+            del self._tickets[inner], self._inner[ticket.outer_id]
+            ticket.early.clear()
+        return dataclasses.replace(event, request_id=ticket.outer_id)
+
+    def _end(self, ticket: _Ticket, reason: FinishReason, now: float, error: str = "") -> Event:
+        """The last event of a request that no instance speaks for."""
+        inner = ticket.request.id
+        self.router.on_finished(inner, ticket.known, now)
+        del self._tickets[inner], self._inner[ticket.outer_id]
+        arrival, first = ticket.request.arrival, ticket.first_token
+        timings = Timings(first_token_s=first - arrival, decode_s=now - first) if first else Timings()
+        usage = Usage(len(ticket.request.prompt), len(ticket.generated))
+        start = len(ticket.generated)
+        return Event(ticket.outer_id, start=start, finish=reason, usage=usage, timings=timings, error=error)
+
+    def _fail(self, ticket: _Ticket, sentence: str, now: float) -> Event:
+        self.counts = dataclasses.replace(self.counts, failed=self.counts.failed + 1)
+        return self._end(ticket, FinishReason.ERROR, now, sentence)

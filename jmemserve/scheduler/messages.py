@@ -1,0 +1,162 @@
+"""What a front-end and an instance say to each other. Plain values, the same in one process and between machines.
+
+    front-end ──▶ instance    Submit, Abort, Move, Probe, Roster, ChangeRole, ResetCache, AskPool, Leave
+    instance ──▶ front-end    News, Beat, Ready, Probed, PoolNews, Left
+
+Times in them are those of the receiver's monotonic clock: a link between machines shifts them (``shifted``).
+"""
+
+import dataclasses
+import enum
+
+from jmemserve.config import Role
+from jmemserve.types import Event, FinishReason, InstanceLoad, PoolReport, Request
+
+
+class MemberState(enum.Enum):
+    """Where an instance stands in its cluster."""
+
+    LOADING = "loading"  # it has a name, and loads its model
+    JOINING = "joining"  # it is being linked with all others
+    READY = "ready"
+    DRAINING = "draining"  # finishes what it has, gets nothing new
+    LEFT = "left"
+    DEAD = "dead"  # it said nothing for too long, or its link or thread ended: what it had is lost
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """One instance as the others see it."""
+
+    name: str
+    epoch: int  # higher in every life
+    role: Role
+    state: MemberState
+    address: str  # where its peers reach it; empty while it loads
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Submit:
+    """Start a request here, or go on with it; ``decode`` is the instance that the router chose to decode it."""
+
+    request: Request
+    decode: str
+    generated: tuple[int, ...] = ()  # tokens that the client has already
+    first_token: float = 0.0  # when the first of them came; 0: not yet
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Abort:
+    """End a request in whatever state it is. An unknown id is remembered: the sequence may be on its way here."""
+
+    request_id: str
+    reason: FinishReason
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Move:
+    """Let a request go on at ``to``, as soon as all that is known of it is computed here."""
+
+    request_id: str
+    to: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Probe:
+    """Move a block to a peer to see whether that works, and report with ``Probed``."""
+
+    peer: str
+    thorough: bool = False  # pieces of every size, so that all is compiled that is ever needed for them
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Roster:
+    """All instances of the cluster, but those that have left or died: link with the new, forget the others."""
+
+    version: int
+    members: tuple[Member, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChangeRole:
+    """Prefer something else from now on; what is cached stays."""
+
+    role: Role
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ResetCache:
+    """Forget every cached prefix."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AskPool:
+    """Report on the pool, with ``PoolNews``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leave:
+    """Finish what still moves to others, then say ``Left``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class News:
+    """What happened to requests in one step."""
+
+    events: tuple[Event, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Beat:
+    """I am alive."""
+
+    load: InstanceLoad
+    stalled_s: float = 0.0  # since the instance's thread last came round
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ready:
+    """The model is loaded and peers can link up. ``facts`` must be those of all others, or blocks cannot be shared."""
+
+    address: str
+    facts: tuple[tuple[str, str], ...]
+    max_model_len: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Probed:
+    """How a Probe went; no error: it worked."""
+
+    peer: str
+    error: str
+    way: str = ""  # the transport by which the peer gets blocks of the one that reports
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolNews:
+    """The answer to AskPool."""
+
+    report: PoolReport
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Left:
+    """Nothing is left here that anybody waits for."""
+
+
+ToInstance = Submit | Abort | Move | Probe | Roster | ChangeRole | ResetCache | AskPool | Leave
+FromInstance = News | Beat | Ready | Probed | PoolNews | Left
+
+
+def shifted[M](message: M, by: float) -> M:
+    """The same message with its times on another clock, which shows ``by`` seconds more."""
+    if not isinstance(message, Submit):
+        return message
+    request = message.request
+    moved = dataclasses.replace(
+        request,
+        arrival=request.arrival + by,
+        deadline=None if request.deadline is None else request.deadline + by,
+    )
+    first = message.first_token + by if message.first_token else 0.0
+    return dataclasses.replace(message, request=moved, first_token=first)
