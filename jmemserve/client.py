@@ -22,7 +22,7 @@ from jmemserve.server import jmemserve_pb2_grpc as pb_grpc
 from jmemserve.server import wire
 from jmemserve.server.messages import Delta, Finished, Message, Output, fold
 from jmemserve.server.status import error_of
-from jmemserve.types import InstanceLoad, PoolReport, SamplingParams
+from jmemserve.types import ClusterReport, InstanceLoad, PoolReport, SamplingParams
 
 __all__ = ["AsyncClient", "Client", "Delta", "Finished", "Message", "Output", "Prompt"]
 
@@ -137,6 +137,26 @@ class Client:
         with _errors():
             return [wire.pool_from_wire(pool) for pool in self._control.GetPool(pb.GetPoolRequest()).pools]
 
+    def cluster(self) -> ClusterReport:
+        """Who belongs to the cluster, and what has become of those that do not any more."""
+        with _errors():
+            return wire.cluster_from_wire(self._control.GetCluster(pb.GetClusterRequest()))
+
+    def set_role(self, instance: str, role: str) -> None:
+        """Let an instance prefer something else; it keeps its cache."""
+        with _errors():
+            self._control.SetRole(pb.SetRoleRequest(instance=instance, role=wire.role_to_wire(role)))
+
+    def move(self, request_id: str, instance: str = "") -> list[str]:
+        """Let a running request go on at another instance (empty: the best other one); where each output goes."""
+        with _errors():
+            return list(self._control.Move(pb.MoveRequest(request_id=request_id, instance=instance)).instances)
+
+    def drain_instance(self, instance: str) -> None:
+        """Let an instance leave, once what it has goes on elsewhere or is finished."""
+        with _errors():
+            self._control.DrainInstance(pb.DrainInstanceRequest(instance=instance))
+
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix that no request holds."""
         with _errors():
@@ -224,6 +244,11 @@ class AsyncClient:
         """The load of every instance; empty while loading."""
         with _errors():
             return [wire.load_from_wire(load) for load in (await self.control.GetLoad(pb.GetLoadRequest())).instances]
+
+    async def cluster(self) -> ClusterReport:
+        """Who belongs to the cluster, and what has become of those that do not any more."""
+        with _errors():
+            return wire.cluster_from_wire(await self.control.GetCluster(pb.GetClusterRequest()))
 
     async def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix that no request holds."""

@@ -15,7 +15,7 @@ from google.protobuf import json_format
 from jmemserve.client import DEFAULT_ADDRESS, Client, Prompt
 from jmemserve.errors import InvalidRequest, JmemserveError
 from jmemserve.server.messages import Delta, Finished, Message, Output, fold
-from jmemserve.types import FinishReason, SamplingParams
+from jmemserve.types import ClusterReport, FinishReason, MemberReport, SamplingParams
 
 INTERRUPTED = 130  # what shells say of a program that Ctrl-C ended
 _NUMBERS: tuple[tuple[str, type, str], ...] = (
@@ -65,6 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--abort", metavar="ID", help="end the request with this id")
     what.add_argument("--info", action="store_true", help="describe the server and its model")
     what.add_argument("--load", action="store_true", help="show the load of every instance")
+    what.add_argument("--cluster", action="store_true", help="show who belongs to the cluster; with --json as JSON")
+    what.add_argument("--set-role", metavar="INSTANCE=ROLE", help="let an instance prefer something else")
+    what.add_argument("--move", metavar="ID[=INSTANCE]", help="let a running request go on at another instance")
+    what.add_argument("--drain", metavar="INSTANCE", help="let an instance finish and leave")
     what.add_argument("--health", action="store_true", help="say whether requests are accepted; exit code 1 if not")
     parser.add_argument("--system", metavar="TEXT", help="system message before --chat")
     for name, kind, text in _NUMBERS:
@@ -80,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _is_control(arguments: argparse.Namespace) -> bool:
-    return bool(arguments.abort or arguments.info or arguments.load or arguments.health)
+    given = vars(arguments)
+    return any(given[name] for name in ("abort", "info", "load", "health", "cluster", "set_role", "move", "drain"))
 
 
 def _control(client: Client, arguments: argparse.Namespace) -> int:
@@ -94,11 +99,54 @@ def _control(client: Client, arguments: argparse.Namespace) -> int:
     if arguments.load:
         print(json.dumps([dataclasses.asdict(load) for load in client.loads()], indent=2))
         return 0
+    if arguments.cluster:
+        report = client.cluster()
+        print(json.dumps(dataclasses.asdict(report), indent=2) if arguments.json else cluster_table(report))
+        return 0
+    if arguments.set_role:
+        instance, _, role = arguments.set_role.partition("=")
+        client.set_role(instance, role)
+        print(f"{instance} was asked to be {role}; --cluster shows when it is")
+        return 0
+    if arguments.move:
+        request_id, _, instance = arguments.move.partition("=")
+        print(f"{request_id} goes on at {', '.join(client.move(request_id, instance))}")
+        return 0
+    if arguments.drain:
+        client.drain_instance(arguments.drain)
+        print(f"{arguments.drain} finishes and leaves; --cluster shows when it has")
+        return 0
     info = {"server": json_format.MessageToDict(client.server_info(), preserving_proto_field_name=True)}
     if info["server"].get("state") != "SERVER_STATE_LOADING":
         info["model"] = json_format.MessageToDict(client.model_info(), preserving_proto_field_name=True)
     print(json.dumps(info, indent=2))
     return 0
+
+
+def cluster_table(report: ClusterReport) -> str:
+    """The cluster as a table, one line per instance, those that are gone first."""
+    head = ("instance", "role", "state", "for", "heard", "running", "waiting", "blocks", "hits", "place", "peers")
+    rows = [head, *(_member_row(member) for member in report.members)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    reasons = [f"{member.name} is dead: {member.reason}" for member in report.members if member.reason]
+    counts = (
+        f"{report.requests} requests in flight; since the start {report.retries} went on elsewhere after a loss, "
+        f"{report.moves} were moved, {report.failed} failed"
+    )
+    return "\n".join([*lines, *reasons, counts])
+
+
+def _member_row(member: MemberReport) -> tuple[str, ...]:
+    load = member.load
+    numbers = ("", "", "", "")
+    if load is not None and member.state not in ("dead", "left"):
+        used = load.total_blocks - load.free_blocks
+        hits = f"{100 * load.prefix_hits / load.prefix_queries:.0f}%" if load.prefix_queries else "-"
+        numbers = str(load.running), str(load.waiting), f"{used}/{load.total_blocks}", hits
+    peers = ", ".join(f"{name} by {way}" for name, way in member.peers)
+    ages = f"{member.since_s:.0f} s", f"{member.heard_s:.1f} s"
+    return member.name, member.role, member.state, *ages, *numbers, member.place, peers
 
 
 def _generate(client: Client, arguments: argparse.Namespace) -> int:

@@ -196,7 +196,7 @@ class EngineConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ClusterSpec:
-    """Every instance of a deployment, all in one process."""
+    """Every instance that a process is to have; none, if they join it."""
 
     instances: tuple[InstanceSpec, ...]
     engine: EngineConfig = EngineConfig()
@@ -240,6 +240,11 @@ def parse_mesh(text: str) -> tuple[InstanceSpec, ...]:
     if not any(spec.role.decodes for spec in specs):
         raise ConfigError(f"--mesh {text!r}: nothing can decode; add a decode or colocated instance")
     return tuple(specs)
+
+
+def parse_instance(text: str, role: Role, name: str) -> InstanceSpec:
+    """One instance that has a process of its own: ``--mesh`` is its axes alone, "model=2" or "2"."""
+    return InstanceSpec(name, role, _parse_axes(text, text), 0)
 
 
 def _parse_axes(text: str, axes: str | None) -> int:

@@ -22,6 +22,11 @@ def main(argv: Sequence[str]) -> int:
             return 0
         # Imported late: a wrong flag is answered at once, and JAX starts with the devices that the mesh needs.
         from jmemserve.engine.report import ConsoleReport
+
+        if config.instance is not None:
+            from jmemserve.server import worker
+
+            return asyncio.run(worker.run(config, ConsoleReport()))
         from jmemserve.server.app import run
 
         return asyncio.run(run(config, ConsoleReport()))

@@ -242,3 +242,31 @@ class PoolReport:
     peers: tuple[tuple[str, str], ...] = ()  # (instance, how blocks come from it)
     leases: tuple[tuple[str, int, float], ...] = ()  # (instance, blocks it has here, seconds left)
     oldest: tuple[tuple[float, int], ...] = ()  # least recently used prefixes: (seconds since their last use, blocks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemberReport:
+    """One instance in one of its lives, as the cluster sees it."""
+
+    name: str
+    role: str
+    state: str  # loading, joining, ready, draining, left or dead
+    epoch: int
+    place: str = ""  # machine and process
+    address: str = ""  # where its peers reach it
+    since_s: float = 0.0  # in this state
+    heard_s: float = 0.0  # since it was last heard of
+    reason: str = ""  # why it is dead
+    load: InstanceLoad | None = None
+    peers: tuple[tuple[str, str], ...] = ()  # (instance, how blocks get there)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClusterReport:
+    """The cluster; counts are since the start."""
+
+    members: tuple[MemberReport, ...] = ()
+    requests: int = 0  # in flight
+    retries: int = 0  # continued elsewhere because an instance was lost
+    moves: int = 0  # asked to move
+    failed: int = 0  # could not be continued

@@ -18,7 +18,7 @@ from typing import Protocol
 from jmemserve.config import ClusterSpec, Role
 from jmemserve.engine.report import Report
 from jmemserve.errors import InvalidRequest, JmemserveError, Unavailable, UnknownRequest
-from jmemserve.scheduler.gateway import Counts, Gateway
+from jmemserve.scheduler.gateway import Gateway
 from jmemserve.scheduler.membership import Change, Membership, Record
 from jmemserve.scheduler.messages import (
     AskPool,
@@ -26,6 +26,7 @@ from jmemserve.scheduler.messages import (
     ChangeRole,
     FromInstance,
     Leave,
+    Leaving,
     Left,
     MemberState,
     News,
@@ -36,7 +37,16 @@ from jmemserve.scheduler.messages import (
     ToInstance,
 )
 from jmemserve.scheduler.router import Router
-from jmemserve.types import MAX_STOP_IDS, Event, FinishReason, InstanceLoad, PoolReport, Request
+from jmemserve.types import (
+    MAX_STOP_IDS,
+    ClusterReport,
+    Event,
+    FinishReason,
+    InstanceLoad,
+    MemberReport,
+    PoolReport,
+    Request,
+)
 
 TICK_S = 0.05
 POOLS_S = 5.0  # a report that takes longer is given up
@@ -105,6 +115,12 @@ class Cluster:
         with self._lock:
             self._accepting = True
             self._membership.serving = True
+
+    def expect_no_more(self) -> None:
+        """No instance will come any more; if none is left, that is the end."""
+        with self._lock:
+            self.expects_more = False
+            self._end_if_alone("none can be started any more", None, [])
 
     def wait_ready(self, count: int, timeout_s: float) -> bool:
         """Wait until so many instances are ready. False if the time is up or one of them died."""
@@ -197,10 +213,6 @@ class Cluster:
                 port.send(ResetCache())
             return bool(self._ports)
 
-    def counts(self) -> Counts:
-        """What happened to requests since the start."""
-        return self._gateway.counts
-
     # -- instances ----------------------------------------------------------------------------------------------------
 
     def members(self) -> list[Record]:
@@ -208,6 +220,31 @@ class Cluster:
         with self._lock:
             records = [*self._membership.gone, *self._membership.records.values()]
             return [dataclasses.replace(record) for record in records]
+
+    def report(self) -> ClusterReport:
+        """The cluster, for people."""
+        now = time.monotonic()
+        with self._lock:
+            self._beat(now)
+            records = [*self._membership.gone, *self._membership.records.values()]
+            members = tuple(
+                MemberReport(
+                    record.name,
+                    record.role.value,
+                    record.state.value,
+                    record.epoch,
+                    record.place,
+                    record.address,
+                    since_s=now - record.since,
+                    heard_s=max(0.0, now - record.heard),
+                    reason=record.reason,
+                    load=record.load,
+                    peers=tuple(sorted(record.ways.items())),
+                )
+                for record in sorted(records, key=lambda record: record.alive)
+            )
+            counts = self._gateway.counts
+            return ClusterReport(members, len(self._gateway), counts.retries, counts.moves, counts.failed)
 
     def loads(self) -> list[InstanceLoad]:
         """A momentary view of every instance that is a member."""
@@ -285,6 +322,8 @@ class Cluster:
                 case PoolNews():
                     self._pool_news[name] = message.report
                     self._changed.notify_all()
+                case Leaving():
+                    self._apply(self._membership.drain(name, now), now)
                 case Left():
                     self._apply(self._membership.left(name, now), now)
 
@@ -335,18 +374,16 @@ class Cluster:
                         port.close(change.reason or "it has left")
                     if change.state is MemberState.DEAD:
                         self._say(f"{change.name} is dead: {change.reason}")
-                    self._end_if_alone(change, error, events)
+                    self._end_if_alone(f"{change.name} was the last: {change.reason}", error, events)
         self._flush(events)
 
-    def _end_if_alone(self, change: Change, error: BaseException | None, events: list[Event]) -> None:
+    def _end_if_alone(self, why: str, error: BaseException | None, events: list[Event]) -> None:
         """Nobody is left, and nobody may come: every request fails now, none hangs."""
         if not self._accepting or self._membership.alive() or self._hopeful() or self.failure is not None:
             return
-        self.failure = error or Unavailable(f"{change.name}, the last instance, is gone: {change.reason}")
-        self._accepting = False
-        events += self._gateway.fail_all(
-            f"{change.name}, the last instance, failed: {self.failure!r}", time.monotonic()
-        )
+        sentence = f"no instance is left; {why}"
+        self.failure, self._accepting = error or Unavailable(sentence), False
+        events += self._gateway.fail_all(sentence, time.monotonic())
         self._flush(events)
         events.clear()
         self.on_failure(self.failure)

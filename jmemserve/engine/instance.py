@@ -86,6 +86,7 @@ class Instance:
         )
         self.compiles: Callable[[], int] = lambda: 0
         self.on_roster: Callable[[Roster], None] = lambda roster: None
+        self.drop_link: Callable[[str], None] = lambda peer: None
         self._by_id: dict[str, Sequence] = {}
         self._aborted: dict[str, tuple[float, FinishReason]] = {}  # ids that were not here when they were aborted
         self._moving: dict[str, Sequence] = {}  # by transfer id
@@ -424,13 +425,18 @@ class Instance:
         for peer in self.node.peers.names():
             known = self.node.peers.known(peer)
             if known is not None and epochs.get(peer, known.epoch + 1) > known.epoch:
-                self._prober.forget(peer) if peer not in epochs else None
-                self.node.forget_peer(peer)
+                self._forget(peer)
         state = next((m.state for m in roster.members if m.name == self.spec.name), None)
         if state is MemberState.READY and not self._was_ready:
             self._was_ready = True
             self.node.tally.reset()  # what moved so far was probes
         self.on_roster(roster)
+
+    def _forget(self, peer: str) -> None:
+        """Free what a peer has here, and end the link: should the peer be alive after all, they greet each other anew."""
+        self._prober.forget(peer)
+        self.node.forget_peer(peer)
+        self.drop_link(peer)
 
     def begin_life(self, epoch: int) -> None:
         """The cluster held this instance for dead: drop every sequence and every claim of others; the cache stays.
@@ -446,7 +452,7 @@ class Instance:
         self._aborted.clear()
         self._events.clear()
         for peer in list(self.node.peers.names()):
-            self.node.forget_peer(peer)
+            self._forget(peer)
         self._was_ready = self._leaving = False
         self.pool.begin_life(epoch)
 

@@ -26,6 +26,7 @@ class Host:
         self.max_model_len = parts.max_model_len
         self.instance = Instance(spec, parts, self._send, self._linked, say, on_failure)
         self.links = make_links(self)
+        self.instance.drop_link = self.links.drop
         self.neighbours = Neighbours(spec.name, self.links, lambda: self.instance.pool.epoch)
         self.instance.on_roster = self.neighbours.update
 

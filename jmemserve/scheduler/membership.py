@@ -18,7 +18,7 @@ from jmemserve.types import InstanceLoad
 
 SILENCE_S = 10.0  # without a Beat an instance is dead
 STALL_S = 300.0  # an instance whose thread is stuck for so long is dead although it beats
-JOIN_S = 120.0  # for linking and probing
+JOIN_S = 90.0  # for linking and probing
 MAX_MEMBERS = 1024
 MAX_GONE = 64  # members remembered after their end, for people
 _ALIVE = (MemberState.LOADING, MemberState.JOINING, MemberState.READY, MemberState.DRAINING)
@@ -156,9 +156,11 @@ class Membership:
         return [Change(name, record.state)]
 
     def drain(self, name: str, now: float) -> list[Change]:
-        """The instance shall get nothing new. Nothing to do for one that is not ready."""
+        """The instance shall get nothing new; one that is not ready yet leaves at once."""
         record = self.records[name]
-        return [self._enter(record, MemberState.DRAINING, now)] if record.state is MemberState.READY else []
+        if record.state is MemberState.READY:
+            return [self._enter(record, MemberState.DRAINING, now)]
+        return self.left(name, now) if record.state in (MemberState.LOADING, MemberState.JOINING) else []
 
     def left(self, name: str, now: float) -> list[Change]:
         """The instance is empty and goes."""
@@ -177,8 +179,10 @@ class Membership:
         """End what is silent, and what does not get on with joining."""
         changes: list[Change] = []
         for record in self.alive():
-            if now - record.heard > self._silence_s:
-                changes += self.dead(record.name, f"nothing was heard of it for {self._silence_s:g} s", now)
+            # Loading takes what it takes, and nobody depends on it yet.
+            limit = self._stall_s if record.state is MemberState.LOADING else self._silence_s
+            if now - record.heard > limit:
+                changes += self.dead(record.name, f"nothing was heard of it for {limit:g} s", now)
             elif record.state is MemberState.JOINING and now - record.since > JOIN_S:
                 missing = ", ".join(sorted({f"{a} to {b}" for a, b in record.probes}))
                 changes += self.dead(record.name, f"no blocks came over within {JOIN_S:g} s: {missing}", now)

@@ -1,7 +1,7 @@
 """What a front-end and an instance say to each other. Plain values, the same in one process and between machines.
 
     front-end ──▶ instance    Submit, Abort, Move, Probe, Roster, ChangeRole, ResetCache, AskPool, Leave
-    instance ──▶ front-end    News, Beat, Ready, Probed, PoolNews, Left
+    instance ──▶ front-end    News, Beat, Ready, Probed, PoolNews, Leaving, Left
 
 Times in them are those of the receiver's monotonic clock: a link between machines shifts them (``shifted``).
 """
@@ -140,12 +140,17 @@ class PoolNews:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Leaving:
+    """Drain me: I am to end."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Left:
     """Nothing is left here that anybody waits for."""
 
 
 ToInstance = Submit | Abort | Move | Probe | Roster | ChangeRole | ResetCache | AskPool | Leave
-FromInstance = News | Beat | Ready | Probed | PoolNews | Left
+FromInstance = News | Beat | Ready | Probed | PoolNews | Leaving | Left
 
 
 def shifted[M](message: M, by: float) -> M:

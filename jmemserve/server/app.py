@@ -7,25 +7,25 @@ listen (LOADING) -> load -> SERVING -> signal -> DRAINING -> streams end -> exit
 """
 
 import asyncio
-import math
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Awaitable, Callable
 
 from jmemserve.devices import arrange_cpu_devices
-from jmemserve.engine.build import model_folder
+from jmemserve.engine.build import model_folder, read_model_config
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.report import Report
-from jmemserve.server.flags import ServeConfig
+from jmemserve.server.flags import Processes, ProcessRole, ServeConfig
 from jmemserve.server.frontend import Frontend
 from jmemserve.server.grpc_server import GrpcServer
 from jmemserve.server.model import load_model
-from jmemserve.server.text import eos_ids, load_text
+from jmemserve.server.net.joining import Joining
+from jmemserve.server.net.secret import load_secret, make_secret
+from jmemserve.server.net.streams import handler
+from jmemserve.server.signals import catch_signals, first_of, on_daemon_thread
+from jmemserve.server.supervisor import Supervisor
+from jmemserve.server.text import Text, eos_ids, load_text
 
-SAME_SIGNAL_S = 0.3  # a signal that follows another one so soon is no second wish
 FLUSH_S = 5.0  # what streams get to send their last messages, once nothing runs any more
 
 
@@ -34,50 +34,111 @@ async def run(config: ServeConfig, report: Report) -> int:
 
     Raises Unavailable if the port cannot be had, ConfigError or CheckpointError if the model cannot be served.
     """
-    arrange_cpu_devices(config.cluster.num_devices)
+    alone = config.role is None and config.processes is Processes.ONE
+    if alone:
+        arrange_cpu_devices(config.cluster.num_devices)
     frontend = Frontend(config.cluster)
-    server = GrpcServer(frontend)
-    stop = _catch_signals()
+    cluster = Cluster(config.cluster, report, frontend.on_events)
+    cluster.on_failure = frontend.on_failure
+    supervised = config.processes is Processes.PER_INSTANCE
+    secret = b"" if alone else make_secret() if supervised else load_secret(config.secret_file)
+    server = GrpcServer(frontend, () if alone else (handler("Join", Joining(cluster, secret).serve),))
+    stop = catch_signals()
     port = await server.start(config.host, config.port)
     address = _address(config.host, port)
-    report.line(f"jmemserve listens on {address} and loads {config.served_model_name!r} on {config.mesh}")
+    what = "waits for instances of" if config.role is ProcessRole.FRONTEND else "loads"
+    report.line(f"jmemserve listens on {address} and {what} {config.served_model_name!r} on {config.mesh}")
     if not config.is_loopback:
         report.line(f"warning: other machines can reach {config.host}, and there is no TLS and no login")
+    supervisor: Supervisor | None = None
     try:
-        cluster = await _load(config, report, frontend, stop)
+        model_text = _load_files(config, cluster)
+        if alone:
+            await _start_here(cluster, stop)
+        else:
+            cluster.expects_more = True
+            cluster.listen()
+            if supervised:
+                supervisor = Supervisor(config, report, _address(_callable(config.host), port), secret)
+                supervisor.start()
+            elif config.role is ProcessRole.FRONTEND:
+                report.line(_how_to_join(config, port))
+            if not await _await_instances(config, cluster, stop, supervisor):
+                return _end_before_serving(supervisor)
+            cluster.open()
+        _open(config, report, frontend, cluster, model_text)
         await server.publish()
         report.line(_how_to_call(config.host, port, frontend.model.text is not None))
-        await _first_of(stop.wait(), frontend.ended.wait())
+        watching = asyncio.ensure_future(_watch(supervisor, cluster))
+        await first_of(stop.wait(), frontend.ended.wait())
+        watching.cancel()
         if frontend.failure is None:
             await _drain(config, report, frontend, server, stop)
         await server.publish()
     finally:
+        if supervisor is not None:
+            await asyncio.to_thread(cluster.stop)
+            await supervisor.stop()
         await server.stop(FLUSH_S)
     if frontend.failure is not None:
-        _print_failure(frontend.failure)
+        _print_failure(frontend.failure, supervisor)
         return 1
     await asyncio.to_thread(cluster.stop)
     report.line("stopped")
     return 0
 
 
-async def _load(config: ServeConfig, report: Report, frontend: Frontend, stop: asyncio.Event) -> Cluster:
-    """Start the engine and open the front-end, or end the process if ``stop`` is set before."""
+def _load_files(config: ServeConfig, cluster: Cluster) -> Text | None:
+    """The tokenizer; whatever is wrong with the model's small files is said before the long work."""
     folder = model_folder(config.cluster.engine)
     text = load_text(folder)
-    eos_ids(folder, text)  # whatever is wrong with these files is said before the long work
-    cluster = Cluster(config.cluster, report, frontend.on_events)
-    cluster.on_failure = frontend.on_failure
-    loading = asyncio.ensure_future(_on_daemon_thread(cluster.start))
-    await _first_of(loading, stop.wait())
+    eos_ids(folder, text)
+    cluster.folder, cluster.vocab_size = folder, read_model_config(config.cluster.engine).vocab_size
+    return text
+
+
+async def _start_here(cluster: Cluster, stop: asyncio.Event) -> None:
+    """Start the instances in this process, or end it if ``stop`` is set before."""
+    loading = asyncio.ensure_future(on_daemon_thread(cluster.start))
+    await first_of(loading, stop.wait())
     if stop.is_set():
         _leave_at_once()  # compiling cannot be interrupted, and nobody waits for an answer
     loading.result()
+
+
+async def _await_instances(
+    config: ServeConfig, cluster: Cluster, stop: asyncio.Event, supervisor: Supervisor | None
+) -> bool:
+    """Wait for all supervised instances, or for the first one that joins. False if that will not be."""
+    wanted = len(config.cluster.instances) if supervisor is not None else 1
+    gave_up = supervisor.gave_up if supervisor is not None else asyncio.Event()
+    while not stop.is_set() and not gave_up.is_set():
+        if await asyncio.to_thread(cluster.wait_ready, wanted, 0.3):
+            return True
+    return False
+
+
+def _end_before_serving(supervisor: Supervisor | None) -> int:
+    if supervisor is None or not supervisor.gave_up.is_set():
+        sys.stderr.write("stopped before any instance was ready\n")
+        return 0
+    if supervisor.first_traceback:
+        sys.stderr.write(f"this was the first error:\n{supervisor.first_traceback}\n")
+    return 1
+
+
+async def _watch(supervisor: Supervisor | None, cluster: Cluster) -> None:
+    """Once no instance can be started any more, requests do not wait for one."""
+    if supervisor is not None:
+        await supervisor.none_left.wait()
+        cluster.expect_no_more()
+
+
+def _open(config: ServeConfig, report: Report, frontend: Frontend, cluster: Cluster, text: Text | None) -> None:
     if text is None:
         report.line("there is no tokenizer.json: requests must give token ids")
-    vocab_size, max_model_len = cluster.vocab_size, cluster.max_model_len
-    frontend.open(cluster, load_model(config.served_model_name, vocab_size, max_model_len, cluster.folder, text))
-    return cluster
+    name, folder = config.served_model_name, cluster.folder
+    frontend.open(cluster, load_model(name, cluster.vocab_size, cluster.max_model_len, folder, text))
 
 
 async def _drain(
@@ -89,62 +150,10 @@ async def _drain(
     draining = asyncio.ensure_future(frontend.drain(config.shutdown_timeout_s))
     await asyncio.sleep(0)  # the state changes before it is published
     await server.publish()
-    await _first_of(draining, stop.wait(), frontend.ended.wait())
+    await first_of(draining, stop.wait(), frontend.ended.wait())
     if stop.is_set():
         await server.stop(0)  # streams end with a status, not with a broken connection
         _leave_at_once()
-
-
-def _catch_signals() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set; clear it to hear of the next."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    heard = -math.inf
-
-    def hear() -> None:
-        nonlocal heard
-        # timeout(1) and make signal both a process and its group, which is one wish said twice.
-        if loop.time() - heard >= SAME_SIGNAL_S:
-            stop.set()
-        heard = loop.time()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, hear)
-    return stop
-
-
-async def _first_of(*waits: Awaitable[object]) -> None:
-    """Return when one of ``waits`` is done. Coroutines among them are cancelled then; futures go on."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task, wait in zip(tasks, waits, strict=True):
-        if task is not wait:
-            task.cancel()
-
-
-async def _on_daemon_thread(work: Callable[[], None]) -> None:
-    """Run ``work`` on a thread that does not keep the process alive."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def finish(error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(None)
-        else:
-            done.set_exception(error)
-
-    def body() -> None:
-        error: BaseException | None = None
-        try:
-            work()
-        except BaseException as raised:  # re-raised where it is awaited
-            error = raised
-        loop.call_soon_threadsafe(finish, error)
-
-    threading.Thread(target=body, name="load", daemon=True).start()
-    await done
 
 
 def _leave_at_once() -> None:
@@ -155,8 +164,11 @@ def _leave_at_once() -> None:
     os._exit(0)
 
 
-def _print_failure(failure: BaseException) -> None:
+def _print_failure(failure: BaseException, supervisor: Supervisor | None) -> None:
     """The cause of the end, last on the screen."""
+    if supervisor is not None and supervisor.first_traceback:
+        sys.stderr.write(f"the instances failed; this was the first error:\n{supervisor.first_traceback}\n")
+        return
     sys.stderr.write("the engine failed; this was the first error:\n")
     traceback.print_exception(failure, file=sys.stderr)
     sys.stderr.flush()
@@ -166,8 +178,18 @@ def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _callable(host: str) -> str:
+    """A server that listens everywhere is called by one of its addresses."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _how_to_join(config: ServeConfig, port: int) -> str:
+    address = _address(_callable(config.host), port)
+    model = f" --model {config.cluster.engine.model}"
+    return f"for an instance, run:\n  {sys.executable} -m jmemserve.serve --role prefill --join {address}{model}"
+
+
 def _how_to_call(host: str, port: int, has_text: bool) -> str:
-    # A server that listens everywhere is called by one of its addresses.
-    address = _address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+    address = _address(_callable(host), port)
     prompt = '--prompt "Once upon a time"' if has_text else "--tokens 1,2,3"
     return f"ready; try:\n  {sys.executable} -m jmemserve.client --address {address} {prompt} --max-tokens 64"

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import enum
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,10 +18,13 @@ from jmemserve.config import (
     ClusterSpec,
     EngineConfig,
     Granularity,
+    InstanceSpec,
     LoadFormat,
+    Role,
     SwapPolicy,
     Switch,
     Warmup,
+    parse_instance,
     parse_mesh,
 )
 from jmemserve.errors import ConfigError
@@ -33,6 +37,22 @@ def default_cache_dir() -> str:
     return str(Path.home() / ".cache" / "jmemserve" / "xla")
 
 
+class Processes(enum.Enum):
+    """Where the instances of ``--mesh`` live."""
+
+    ONE = "one"  # all in this process
+    PER_INSTANCE = "per-instance"  # each in one of its own, started and watched by this one
+
+
+class ProcessRole(enum.Enum):
+    """What this process is, if not a whole server."""
+
+    FRONTEND = "frontend"  # requests, and instances that join
+    PREFILL = "prefill"  # the others: one instance, which joins a front-end
+    DECODE = "decode"
+    COLOCATED = "colocated"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServeConfig:
     """Everything that the command line says."""
@@ -43,6 +63,14 @@ class ServeConfig:
     host: str
     port: int  # 0: any free one
     shutdown_timeout_s: float
+    processes: Processes = Processes.ONE
+    role: ProcessRole | None = None  # None: a whole server
+    join: str | None = None  # the front-end's address, for an instance
+    instance: InstanceSpec | None = None  # of an instance; without a name the front-end gives it one
+    listen: str = "127.0.0.1:0"  # where an instance's peers reach it
+    advertise: str | None = None  # what they dial instead
+    secret_file: str | None = None
+    ends_with_stdin: bool = False
 
     @property
     def is_loopback(self) -> bool:
@@ -112,7 +140,15 @@ _ENGINE = (
     _Flag("compilation_cache_dir", str, default_cache_dir(), f"keeps compiled steps between starts; {OFF!r}: none"),
 )
 _SERVER = (
-    _Flag("mesh", str, "prefill+decode", "instances joined by '+', each [COUNTx]ROLE[:model=SIZE]"),
+    _Flag("mesh", str, None, "instances joined by '+', each [COUNTx]ROLE[:model=SIZE] (default: prefill+decode)"),
+    _Flag("processes", Processes, Processes.ONE, "all instances in this process, or each in its own"),
+    _Flag("role", ProcessRole, None, "be only a front-end, or only one instance that joins one; default: all"),
+    _Flag("join", str, None, "HOST:PORT of the front-end, for --role prefill, decode or colocated"),
+    _Flag("name", str, None, "name of this instance in the cluster; default: the front-end gives it one"),
+    _Flag("listen", str, "127.0.0.1:0", "HOST:PORT where other instances reach this one; port 0: any free one"),
+    _Flag("advertise", str, None, "HOST:PORT that other instances dial instead of --listen"),
+    _Flag("secret_file", str, None, "what all processes of the cluster know; default: ~/.cache/jmemserve/secret"),
+    _Flag("ends_with_stdin", Switch, Switch.OFF, "end when standard input does, for supervisors"),
     _Flag("served_model_name", str, None, "name that clients may give; default: --model's last part"),
     _Flag("host", str, "127.0.0.1", "address to listen on"),
     _Flag("port", int, 50051, "port to listen on; 0: any free one"),
@@ -173,11 +209,25 @@ def read_config_file(path: Path) -> dict[str, Any]:
 def dump_config(config: ServeConfig) -> str:
     """YAML that ``--config`` reads back to the same configuration."""
     engine = config.cluster.engine
-    values = {flag.name: _plain(getattr(engine, flag.name)) for flag in _ENGINE}
-    values["compilation_cache_dir"] = engine.compilation_cache_dir or OFF
+    values = _engine_values(engine)
     values |= {"mesh": config.mesh, "served_model_name": config.served_model_name, "host": config.host}
     values |= {"port": config.port, "shutdown_timeout": config.shutdown_timeout_s}
+    values |= {"processes": config.processes.value, "role": None if config.role is None else config.role.value}
+    values |= {"join": config.join, "name": (config.instance.name or None) if config.instance else None}
+    values |= {"listen": config.listen, "advertise": config.advertise, "secret_file": config.secret_file}
+    values["ends_with_stdin"] = "on" if config.ends_with_stdin else "off"
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def _engine_values(engine: EngineConfig) -> dict[str, Any]:
+    values = {flag.name: _plain(getattr(engine, flag.name)) for flag in _ENGINE}
+    return values | {"compilation_cache_dir": engine.compilation_cache_dir or OFF}
+
+
+def engine_arguments(engine: EngineConfig) -> list[str]:
+    """The command line that gives another process the same engine configuration."""
+    values = _engine_values(engine)
+    return [text for flag in _ENGINE if values[flag.name] is not None for text in (flag.option, str(values[flag.name]))]
 
 
 def make_engine_config(settings: Mapping[str, Any]) -> EngineConfig:
@@ -204,8 +254,39 @@ def _make_config(settings: Mapping[str, Any]) -> ServeConfig:
     if not 0 <= server["shutdown_timeout"] <= 86400:
         raise ConfigError(f"--shutdown-timeout must be from 0 to 86400 seconds, not {server['shutdown_timeout']}")
     name = server["served_model_name"] or Path(engine.model).expanduser().resolve().name
-    cluster = ClusterSpec(parse_mesh(server["mesh"]), engine)
-    return ServeConfig(cluster, server["mesh"], name, server["host"], server["port"], server["shutdown_timeout"])
+    role, processes = server["role"], server["processes"]
+    instance, mesh = None, server["mesh"] or "prefill+decode"
+    if role in (None, ProcessRole.FRONTEND):
+        if server["join"] is not None:
+            raise ConfigError("--join is for one instance: give --role prefill, decode or colocated too")
+        if role is ProcessRole.FRONTEND and (server["mesh"] is not None or processes is not Processes.ONE):
+            raise ConfigError("--role frontend has no instances of its own: leave --mesh and --processes out")
+        specs = () if role is ProcessRole.FRONTEND else parse_mesh(mesh)
+    else:
+        if server["join"] is None:
+            raise ConfigError(f"--role {role.value} needs --join HOST:PORT, the address of the front-end")
+        mesh = server["mesh"] or "model=1"
+        instance = parse_instance(mesh, Role(role.value), server["name"] or "")
+        specs = (instance,)
+    for flag in ("join", "listen", "advertise"):
+        if server[flag] is not None and not re.fullmatch(r".+:\d{1,5}", server[flag]):
+            raise ConfigError(f"--{flag} must be HOST:PORT, not {server[flag]!r}")
+    return ServeConfig(
+        ClusterSpec(specs, engine),
+        mesh,
+        name,
+        server["host"],
+        server["port"],
+        server["shutdown_timeout"],
+        processes,
+        role,
+        server["join"],
+        instance,
+        server["listen"],
+        server["advertise"],
+        server["secret_file"],
+        server["ends_with_stdin"] is Switch.ON,
+    )
 
 
 def _did_you_mean(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:

@@ -15,12 +15,12 @@ import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Protocol
 
-from jmemserve.config import ClusterSpec
-from jmemserve.errors import DuplicateRequest, JmemserveError, Overloaded, Unavailable
+from jmemserve.config import ClusterSpec, Role
+from jmemserve.errors import DuplicateRequest, JmemserveError, Overloaded, Unavailable, UnknownRequest
 from jmemserve.server.generation import Generation
 from jmemserve.server.messages import Message
 from jmemserve.server.model import Model
-from jmemserve.types import Event, FinishReason, InstanceLoad, PoolReport, Request
+from jmemserve.types import ClusterReport, Event, FinishReason, InstanceLoad, PoolReport, Request
 
 LOADING = "the server is still loading; try again in a few seconds"
 CALLS_PER_PLACE = 2  # calls in flight, per place in the engine's queue and batches: others are being tokenised or read
@@ -38,6 +38,14 @@ class Cluster(Protocol):
     def pools(self) -> list[PoolReport]: ...
 
     def reset_prefix_cache(self) -> bool: ...
+
+    def report(self) -> ClusterReport: ...
+
+    def set_role(self, name: str, role: Role) -> None: ...
+
+    def move(self, request_id: str, to: str = "") -> str: ...
+
+    def drain_instance(self, name: str) -> None: ...
 
     def drain(self, timeout_s: float) -> bool: ...
 
@@ -165,6 +173,34 @@ class Frontend:
     async def pools(self) -> list[PoolReport]:
         """The pool of every instance; empty while loading."""
         return [] if self._cluster is None else await asyncio.to_thread(self._cluster.pools)
+
+    def cluster(self) -> ClusterReport:
+        """Who belongs to the cluster; empty while loading."""
+        return ClusterReport() if self._cluster is None else self._cluster.report()
+
+    def set_role(self, name: str, role: Role) -> None:
+        """Let an instance prefer something else. Raises UnknownRequest if there is none of this name."""
+        self._check_open()
+        assert self._cluster is not None, f"{self.state} without a cluster"
+        self._cluster.set_role(name, role)
+
+    def move(self, request_id: str, to: str) -> list[str]:
+        """Let every output of a call go on at another instance (empty: the best other one); where each goes.
+
+        Raises UnknownRequest if there is no such call or instance, Unavailable if there is no other instance.
+        """
+        self._check_open()
+        assert self._cluster is not None, f"{self.state} without a cluster"
+        call = self._calls.get(request_id)
+        if call is None or not call.submitted:
+            raise UnknownRequest(f"no request {request_id!r} is in flight")
+        return [self._cluster.move(id, to) for id in sorted(call.submitted)]
+
+    def drain_instance(self, name: str) -> None:
+        """Let an instance finish and leave. Raises UnknownRequest if there is none of this name."""
+        self._check_open()
+        assert self._cluster is not None, f"{self.state} without a cluster"
+        self._cluster.drain_instance(name)
 
     async def reset_prefix_cache(self) -> bool:
         """Forget every cached prefix that no request holds."""

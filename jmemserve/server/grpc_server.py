@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import time
+from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -39,13 +40,15 @@ LAST_WORDS_S = 0.5  # for the status of a stream whose messages are all sent
 class GrpcServer:
     """Listens from ``start`` to ``stop``. ``publish`` tells health what the front-end's state is."""
 
-    def __init__(self, frontend: Frontend):
+    def __init__(self, frontend: Frontend, more: Sequence[grpc.GenericRpcHandler] = ()):
+        """``more``: handlers on the same port that are not for applications."""
         self._frontend = frontend
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
         pb_grpc.add_InferenceServicer_to_server(InferenceService(frontend), self._server)
         pb_grpc.add_ControlServicer_to_server(ControlService(frontend), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers(tuple(more))
         names = (INFERENCE, CONTROL, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
 

@@ -39,6 +39,16 @@ class InstanceRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INSTANCE_ROLE_PREFILL: _ClassVar[InstanceRole]
     INSTANCE_ROLE_DECODE: _ClassVar[InstanceRole]
     INSTANCE_ROLE_COLOCATED: _ClassVar[InstanceRole]
+
+class MemberState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MEMBER_STATE_UNSPECIFIED: _ClassVar[MemberState]
+    MEMBER_STATE_LOADING: _ClassVar[MemberState]
+    MEMBER_STATE_JOINING: _ClassVar[MemberState]
+    MEMBER_STATE_READY: _ClassVar[MemberState]
+    MEMBER_STATE_DRAINING: _ClassVar[MemberState]
+    MEMBER_STATE_LEFT: _ClassVar[MemberState]
+    MEMBER_STATE_DEAD: _ClassVar[MemberState]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -59,6 +69,13 @@ INSTANCE_ROLE_UNSPECIFIED: InstanceRole
 INSTANCE_ROLE_PREFILL: InstanceRole
 INSTANCE_ROLE_DECODE: InstanceRole
 INSTANCE_ROLE_COLOCATED: InstanceRole
+MEMBER_STATE_UNSPECIFIED: MemberState
+MEMBER_STATE_LOADING: MemberState
+MEMBER_STATE_JOINING: MemberState
+MEMBER_STATE_READY: MemberState
+MEMBER_STATE_DRAINING: MemberState
+MEMBER_STATE_LEFT: MemberState
+MEMBER_STATE_DEAD: MemberState
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "text", "token_ids", "messages", "sampling", "cache_salt", "model")
@@ -329,6 +346,86 @@ class Instance(_message.Message):
     model_axis: int
     first_device: int
     def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[InstanceRole, str]] = ..., model_axis: _Optional[int] = ..., first_device: _Optional[int] = ...) -> None: ...
+
+class GetClusterRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetClusterResponse(_message.Message):
+    __slots__ = ("members", "requests", "retries", "moves", "failed")
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    members: _containers.RepeatedCompositeFieldContainer[Member]
+    requests: int
+    retries: int
+    moves: int
+    failed: int
+    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., requests: _Optional[int] = ..., retries: _Optional[int] = ..., moves: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+
+class Member(_message.Message):
+    __slots__ = ("name", "role", "state", "epoch", "place", "address", "since_s", "heard_s", "reason", "load", "peers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SINCE_S_FIELD_NUMBER: _ClassVar[int]
+    HEARD_S_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    role: InstanceRole
+    state: MemberState
+    epoch: int
+    place: str
+    address: str
+    since_s: float
+    heard_s: float
+    reason: str
+    load: InstanceLoad
+    peers: _containers.RepeatedCompositeFieldContainer[PoolPeer]
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[InstanceRole, str]] = ..., state: _Optional[_Union[MemberState, str]] = ..., epoch: _Optional[int] = ..., place: _Optional[str] = ..., address: _Optional[str] = ..., since_s: _Optional[float] = ..., heard_s: _Optional[float] = ..., reason: _Optional[str] = ..., load: _Optional[_Union[InstanceLoad, _Mapping]] = ..., peers: _Optional[_Iterable[_Union[PoolPeer, _Mapping]]] = ...) -> None: ...
+
+class SetRoleRequest(_message.Message):
+    __slots__ = ("instance", "role")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    role: InstanceRole
+    def __init__(self, instance: _Optional[str] = ..., role: _Optional[_Union[InstanceRole, str]] = ...) -> None: ...
+
+class SetRoleResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MoveRequest(_message.Message):
+    __slots__ = ("request_id", "instance")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    instance: str
+    def __init__(self, request_id: _Optional[str] = ..., instance: _Optional[str] = ...) -> None: ...
+
+class MoveResponse(_message.Message):
+    __slots__ = ("instances",)
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    instances: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, instances: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DrainInstanceRequest(_message.Message):
+    __slots__ = ("instance",)
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    def __init__(self, instance: _Optional[str] = ...) -> None: ...
+
+class DrainInstanceResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class GetPoolRequest(_message.Message):
     __slots__ = ()

@@ -268,6 +268,26 @@ class ControlStub(object):
                 request_serializer=jmemserve_dot_server_dot_jmemserve__pb2.GetPoolRequest.SerializeToString,
                 response_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.GetPoolResponse.FromString,
                 _registered_method=True)
+        self.GetCluster = channel.unary_unary(
+                '/jmemserve.v1.Control/GetCluster',
+                request_serializer=jmemserve_dot_server_dot_jmemserve__pb2.GetClusterRequest.SerializeToString,
+                response_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.GetClusterResponse.FromString,
+                _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/jmemserve.v1.Control/SetRole',
+                request_serializer=jmemserve_dot_server_dot_jmemserve__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
+        self.Move = channel.unary_unary(
+                '/jmemserve.v1.Control/Move',
+                request_serializer=jmemserve_dot_server_dot_jmemserve__pb2.MoveRequest.SerializeToString,
+                response_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.MoveResponse.FromString,
+                _registered_method=True)
+        self.DrainInstance = channel.unary_unary(
+                '/jmemserve.v1.Control/DrainInstance',
+                request_serializer=jmemserve_dot_server_dot_jmemserve__pb2.DrainInstanceRequest.SerializeToString,
+                response_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.DrainInstanceResponse.FromString,
+                _registered_method=True)
         self.ResetPrefixCache = channel.unary_unary(
                 '/jmemserve.v1.Control/ResetPrefixCache',
                 request_serializer=jmemserve_dot_server_dot_jmemserve__pb2.ResetPrefixCacheRequest.SerializeToString,
@@ -308,6 +328,34 @@ class ControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetCluster(self, request, context):
+        """Who belongs to the cluster, and what has become of those that do not any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRole(self, request, context):
+        """Lets an instance prefer something else. It keeps its cache, and what runs goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Move(self, request, context):
+        """Lets a running request go on at another instance; its stream does not notice.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainInstance(self, request, context):
+        """Gives an instance nothing new, lets what it has go on elsewhere, then lets it leave. Answers at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ResetPrefixCache(self, request, context):
         """Forgets all cached prefixes that no request holds.
         """
@@ -337,6 +385,26 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.GetPool,
                     request_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.GetPoolRequest.FromString,
                     response_serializer=jmemserve_dot_server_dot_jmemserve__pb2.GetPoolResponse.SerializeToString,
+            ),
+            'GetCluster': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCluster,
+                    request_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.GetClusterRequest.FromString,
+                    response_serializer=jmemserve_dot_server_dot_jmemserve__pb2.GetClusterResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.SetRoleRequest.FromString,
+                    response_serializer=jmemserve_dot_server_dot_jmemserve__pb2.SetRoleResponse.SerializeToString,
+            ),
+            'Move': grpc.unary_unary_rpc_method_handler(
+                    servicer.Move,
+                    request_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.MoveRequest.FromString,
+                    response_serializer=jmemserve_dot_server_dot_jmemserve__pb2.MoveResponse.SerializeToString,
+            ),
+            'DrainInstance': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainInstance,
+                    request_deserializer=jmemserve_dot_server_dot_jmemserve__pb2.DrainInstanceRequest.FromString,
+                    response_serializer=jmemserve_dot_server_dot_jmemserve__pb2.DrainInstanceResponse.SerializeToString,
             ),
             'ResetPrefixCache': grpc.unary_unary_rpc_method_handler(
                     servicer.ResetPrefixCache,
@@ -454,6 +522,114 @@ class Control(object):
             '/jmemserve.v1.Control/GetPool',
             jmemserve_dot_server_dot_jmemserve__pb2.GetPoolRequest.SerializeToString,
             jmemserve_dot_server_dot_jmemserve__pb2.GetPoolResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCluster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jmemserve.v1.Control/GetCluster',
+            jmemserve_dot_server_dot_jmemserve__pb2.GetClusterRequest.SerializeToString,
+            jmemserve_dot_server_dot_jmemserve__pb2.GetClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jmemserve.v1.Control/SetRole',
+            jmemserve_dot_server_dot_jmemserve__pb2.SetRoleRequest.SerializeToString,
+            jmemserve_dot_server_dot_jmemserve__pb2.SetRoleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Move(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jmemserve.v1.Control/Move',
+            jmemserve_dot_server_dot_jmemserve__pb2.MoveRequest.SerializeToString,
+            jmemserve_dot_server_dot_jmemserve__pb2.MoveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainInstance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/jmemserve.v1.Control/DrainInstance',
+            jmemserve_dot_server_dot_jmemserve__pb2.DrainInstanceRequest.SerializeToString,
+            jmemserve_dot_server_dot_jmemserve__pb2.DrainInstanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -188,6 +188,26 @@ class ControlService(pb_grpc.ControlServicer):
         return pb.GetPoolResponse(pools=[wire.pool_to_wire(pool) for pool in await self._frontend.pools()])
 
     @_statuses
+    async def GetCluster(self, request: pb.GetClusterRequest, context: ServicerContext) -> pb.GetClusterResponse:
+        return wire.cluster_to_wire(self._frontend.cluster())
+
+    @_statuses
+    async def SetRole(self, request: pb.SetRoleRequest, context: ServicerContext) -> pb.SetRoleResponse:
+        self._frontend.set_role(request.instance, wire.role_from_wire(request.role))
+        return pb.SetRoleResponse()
+
+    @_statuses
+    async def Move(self, request: pb.MoveRequest, context: ServicerContext) -> pb.MoveResponse:
+        return pb.MoveResponse(instances=self._frontend.move(request.request_id, request.instance))
+
+    @_statuses
+    async def DrainInstance(
+        self, request: pb.DrainInstanceRequest, context: ServicerContext
+    ) -> pb.DrainInstanceResponse:
+        self._frontend.drain_instance(request.instance)
+        return pb.DrainInstanceResponse()
+
+    @_statuses
     async def ResetPrefixCache(
         self, request: pb.ResetPrefixCacheRequest, context: ServicerContext
     ) -> pb.ResetPrefixCacheResponse:

@@ -12,9 +12,11 @@ from jmemserve.server import jmemserve_pb2 as pb
 from jmemserve.server.generation import EngineError, is_retryable
 from jmemserve.server.messages import Delta, Finished, Message
 from jmemserve.types import (
+    ClusterReport,
     FinishReason,
     InstanceLoad,
     MediumReport,
+    MemberReport,
     PoolReport,
     SamplingParams,
     Timings,
@@ -48,6 +50,8 @@ _LOAD_NUMBERS = (
     *("prefix_hits", "prefix_queries", "steps", "preemptions", "compiles_after_warmup"),
 )
 
+_MEMBER_FIELDS = ("name", "epoch", "place", "address", "since_s", "heard_s", "reason")
+_CLUSTER_NUMBERS = ("requests", "retries", "moves", "failed")
 _POOL_NUMBERS = (
     *("query_tokens", "hit_tokens", "dram_hit_tokens", "evictions", "swapped_out", "swapped_in", "prefix_blocks"),
     *("runs", "transfers_out", "transfers_in", "transfer_calls", "network_calls", "bytes_out", "bytes_in", "dropped"),
@@ -168,6 +172,54 @@ def load_from_wire(load: pb.InstanceLoad) -> InstanceLoad:
     """The inverse of ``load_to_wire``."""
     role = {number: role.value for role, number in _ROLES.items()}.get(load.role, "unknown")
     return InstanceLoad(load.instance, role, **{name: getattr(load, name) for name in _LOAD_NUMBERS})
+
+
+def role_from_wire(role: pb.InstanceRole) -> Role:
+    """The role. Raises InvalidRequest if it is none."""
+    found = {number: known for known, number in _ROLES.items()}.get(role)
+    if found is None:
+        raise InvalidRequest("role is not set; it must be PREFILL, DECODE or COLOCATED")
+    return found
+
+
+def role_to_wire(role: str) -> pb.InstanceRole:
+    """The number of a role. Raises InvalidRequest if it is none."""
+    try:
+        return _ROLES[Role(role)]
+    except ValueError:
+        raise InvalidRequest(f"a role is prefill, decode or colocated, not {role!r}") from None
+
+
+def cluster_to_wire(cluster: ClusterReport) -> pb.GetClusterResponse:
+    """The report of a cluster."""
+    members = [
+        pb.Member(
+            role=_ROLES[Role(member.role)],
+            state=f"MEMBER_STATE_{member.state.upper()}",
+            load=None if member.load is None else load_to_wire(member.load),
+            peers=[pb.PoolPeer(instance=name, transport=way) for name, way in member.peers],
+            **{name: getattr(member, name) for name in _MEMBER_FIELDS},
+        )
+        for member in cluster.members
+    ]
+    counts = {name: getattr(cluster, name) for name in _CLUSTER_NUMBERS}
+    return pb.GetClusterResponse(members=members, **counts)
+
+
+def cluster_from_wire(cluster: pb.GetClusterResponse) -> ClusterReport:
+    """The inverse of ``cluster_to_wire``."""
+    roles = {number: role.value for role, number in _ROLES.items()}
+    members = tuple(
+        MemberReport(
+            role=roles.get(member.role, "unknown"),
+            state=pb.MemberState.Name(member.state).removeprefix("MEMBER_STATE_").lower(),
+            load=load_from_wire(member.load) if member.HasField("load") else None,
+            peers=tuple((peer.instance, peer.transport) for peer in member.peers),
+            **{name: getattr(member, name) for name in _MEMBER_FIELDS},
+        )
+        for member in cluster.members
+    )
+    return ClusterReport(members, **{name: getattr(cluster, name) for name in _CLUSTER_NUMBERS})
 
 
 def pool_to_wire(pool: PoolReport) -> pb.PoolReport:

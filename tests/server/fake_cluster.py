@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable
+from jmemserve.config import Role
+from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable, UnknownRequest
 from jmemserve.types import (
+    ClusterReport,
     Event,
     FinishReason,
     InstanceLoad,
     MediumReport,
+    MemberReport,
     PoolReport,
     Request,
     Timings,
@@ -28,6 +31,9 @@ class FakeCluster:
     def __init__(self, on_events: Callable[[list[Event]], None], script: Script, max_queue: int = 1000):
         self.on_events, self.script, self.max_queue = on_events, script, max_queue
         self.accepting = True
+        self.roles: list[tuple[str, Role]] = []
+        self.moved: list[str] = []
+        self.drained: list[str] = []
         self.paused = threading.Event()  # while set, no tokens are made
         self.submitted: list[Request] = []
         self.aborted: list[tuple[str, FinishReason]] = []
@@ -77,6 +83,30 @@ class FakeCluster:
 
     def reset_prefix_cache(self) -> bool:
         return True
+
+    def report(self) -> ClusterReport:
+        peers = (("decode0", "local"),)
+        alive = MemberReport("colocated0", "colocated", "ready", 7, "host:1", "local:colocated0", load=self.loads()[0])
+        dead = MemberReport("decode0", "decode", "dead", 3, reason="its stream ended", peers=peers)
+        return ClusterReport((dead, alive), requests=len(self.running), retries=2, moves=1)
+
+    def set_role(self, name: str, role: Role) -> None:
+        self._need(name)
+        self.roles.append((name, role))
+
+    def move(self, request_id: str, to: str = "") -> str:
+        self._need(to or "colocated0")
+        self.moved.append(request_id)
+        return to or "colocated0"
+
+    def drain_instance(self, name: str) -> None:
+        self._need(name)
+        self.drained.append(name)
+
+    @staticmethod
+    def _need(name: str) -> None:
+        if name != "colocated0":
+            raise UnknownRequest(f"no instance {name!r} is ready; those that are: colocated0")
 
     def drain(self, timeout_s: float) -> bool:
         self.accepting = False

@@ -5,7 +5,7 @@ its type hint:
 
 str int float bool bytes                  themselves, by exact type; no NaN
 X | None                                  nil or an X
-tuple[int, ...]                           extension 4 or 8: packed little-endian int32 or int64
+tuple[int, ...]   frozenset[int]          extension 4 or 8: packed little-endian int32 or int64; a set in order
 tuple[X, ...]   tuple[X, Y]               an array, of that many items for the second
 an enum or a flag                         its value; a flag only with bits that it has
 a dataclass or NamedTuple                 the array of its fields
@@ -96,6 +96,10 @@ def _steps(hint: Any) -> tuple[Step, Step]:
         return _optional(hint, arguments)
     if origin is tuple:
         return _tuple(arguments)
+    if hint == frozenset[int]:
+        return (lambda value: _pack_ints(tuple(sorted(_exactly_set(value))))), (
+            lambda value: frozenset(_unpack_ints(value))
+        )
     if hint is Any:
         return _plain, _plain
     if hint is dict or (origin in (dict, Mapping) and arguments[0] is str):
@@ -155,6 +159,7 @@ def _tuple(arguments: tuple[Any, ...]) -> tuple[Step, Step]:
 
 _exactly_tuple = _exactly(tuple)
 _exactly_list = _exactly(list)
+_exactly_set = _exactly(frozenset)
 
 
 def _pack_ints(values: Any) -> msgpack.ExtType:

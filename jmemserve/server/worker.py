@@ -1,0 +1,297 @@
+"""One instance in a process of its own: it joins a front-end, serves, and joins again if it lost it.
+
+apply ──▶ welcome(name, epoch) ──▶ load ──▶ ready ──▶ serve ──▶ SIGTERM: drained, left, exit 0
+  ▲            └── refused: the reason, exit 2         │
+  └──────── a new life, the cache kept ◀── stream lost ┘
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import os
+import sys
+import threading
+import time
+import traceback
+from typing import Any
+
+import grpc.aio
+
+from jmemserve.config import ClusterSpec, InstanceSpec
+from jmemserve.devices import arrange_cpu_devices
+from jmemserve.engine.build import build, check_host_memory, model_facts, read_model_config
+from jmemserve.engine.compiles import CompileCounter, keep_compilations
+from jmemserve.engine.links import Side
+from jmemserve.engine.local import Host
+from jmemserve.engine.mesh import describe_devices, make_mesh
+from jmemserve.engine.report import Report
+from jmemserve.engine.selftest import check_arithmetic
+from jmemserve.errors import ConfigError, JmemserveError, TransferError, Unavailable
+from jmemserve.kvpool.transports.local import LocalExchange
+from jmemserve.scheduler.messages import Beat, FromInstance, Leaving, Left, MemberState, Roster, shifted
+from jmemserve.server.flags import ServeConfig
+from jmemserve.server.net.links import GrpcLinks
+from jmemserve.server.net.secret import load_secret
+from jmemserve.server.net.streams import OPTIONS, Stream, dial, prove_as_client
+from jmemserve.server.net.ways import ways_to_others
+from jmemserve.server.net.words import FROM_INSTANCE, HANDSHAKE, TO_INSTANCE, Apply, Refused, Welcome
+from jmemserve.server.signals import catch_signals, on_daemon_thread
+from jmemserve.types import InstanceLoad
+
+BEAT_S = 0.5
+RETRY_S = 1.0  # between two tries to reach the front-end; doubled up to
+MAX_RETRY_S = 15.0
+FIRST_TRY_S = 60.0  # for the front-end to be reachable at all
+LAST_WORDS_S = 0.2  # for messages that are queued
+QUIET_S = 60.0  # what is being written when a life ends gets so long to be over
+
+
+class RefusedError(Unavailable):
+    """The front-end does not take this instance, and another try is of no use."""
+
+
+async def run(config: ServeConfig, report: Report) -> int:
+    """Serve as one instance until SIGTERM or Ctrl-C. Returns the exit code.
+
+    0: left; 1: the instance died, or the front-end could not be reached; raises ConfigError if it cannot be a member.
+    """
+    worker = Worker(config, report)
+    if config.ends_with_stdin:
+        _end_with_stdin()
+    return await worker.run()
+
+
+class Worker:
+    """The process of one instance."""
+
+    def __init__(self, config: ServeConfig, report: Report):
+        assert config.join is not None and config.instance is not None
+        self._config, self._report = config, report
+        self._spec: InstanceSpec = config.instance
+        self._engine = config.cluster.engine
+        self._secret = load_secret(config.secret_file)
+        self._loop = asyncio.get_running_loop()
+        self._host: Host | None = None
+        self._stream: Stream | None = None
+        self._stop = catch_signals()
+        self._left = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._ended = asyncio.Event()
+        self._name, self._epoch = config.instance.name, 0
+        self._counter: CompileCounter | None = None
+        self._member = False
+
+    async def run(self) -> int:
+        config = read_model_config(self._engine)
+        self._facts = model_facts(self._engine, config)
+        stopping, ended, left = (asyncio.ensure_future(e.wait()) for e in (self._stop, self._ended, self._left))
+        joined, delay, began = False, RETRY_S, time.monotonic()
+        try:
+            while True:
+                life = asyncio.ensure_future(self._live())
+                await asyncio.wait((life, stopping, ended, left), return_when=asyncio.FIRST_COMPLETED)
+                if self._ended.is_set():
+                    life.cancel()
+                    return self._die()
+                if self._stop.is_set() or self._left.is_set():
+                    return await self._leave(life)
+                error = life.exception()
+                if isinstance(error, RefusedError):
+                    raise ConfigError(f"{self._config.join} does not take this instance: {error}")
+                if not isinstance(error, JmemserveError | TimeoutError | None):
+                    raise error if error is not None else AssertionError("a life ended without a reason")
+                if self._host is not None:
+                    joined, delay = True, RETRY_S
+                if not joined and time.monotonic() - began > FIRST_TRY_S:
+                    raise Unavailable(f"the front-end at {self._config.join} cannot be reached: {error}")
+                self._report.line(f"no front-end at {self._config.join} ({error}); trying again in {delay:g} s")
+                await asyncio.wait((stopping, ended), timeout=delay, return_when=asyncio.FIRST_COMPLETED)
+                delay = min(2 * delay, MAX_RETRY_S)
+        finally:
+            for wait in (stopping, ended, left):
+                wait.cancel()
+            if self._host is not None:
+                await asyncio.to_thread(self._host.close)
+
+    # -- one life -----------------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        """From joining to the loss of the front-end. Raises Unavailable or TransferError with the reason."""
+        channel = grpc.aio.insecure_channel(self._config.join, options=OPTIONS)
+        stream, call = dial(channel, "Join")
+        beating: asyncio.Task[None] | None = None
+        try:
+            await self._join(stream)
+            self._stream = stream
+            beating = self._loop.create_task(self._beat())
+            serving = self._loop.create_task(self._serve(stream))
+            try:
+                await self._get_ready(serving)
+                await asyncio.wait((serving, beating), return_when=asyncio.FIRST_COMPLETED)
+                for task in (beating, serving):
+                    if task.done():
+                        task.result()
+            finally:
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+        finally:
+            self._stream = None
+            if beating is not None:
+                beating.cancel()
+            call.cancel()
+            await channel.close()
+        raise Unavailable("the stream ended")
+
+    async def _join(self, stream: Stream) -> None:
+        await prove_as_client(stream, self._secret)
+        place = f"{os.uname().nodename}:{os.getpid()}"
+        await stream.say(HANDSHAKE.encode(Apply(self._name, self._epoch, self._spec.role, self._facts, place)))
+        answer = HANDSHAKE.decode(await stream.read())
+        if isinstance(answer, Refused):
+            raise RefusedError(answer.reason)
+        if not isinstance(answer, Welcome):
+            raise TransferError("the front-end did not answer")
+        self._name, self._epoch, self._member = answer.name, answer.epoch, False
+
+    async def _get_ready(self, serving: asyncio.Task[None]) -> None:
+        """Load, or begin a new life with what is loaded; then tell."""
+        work = self._load if self._host is None else self._begin_life
+        loading = asyncio.ensure_future(on_daemon_thread(work))
+        await asyncio.wait((loading, serving), return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():  # the front-end is gone; what is being loaded is of use later
+            await asyncio.wait((loading,))
+        loading.result()
+        assert self._host is not None
+        self._say(self._host.ready())
+
+    def _load(self) -> None:
+        engine, report = self._engine, self._report
+        spec = InstanceSpec(self._name, self._spec.role, self._spec.model_axis, 0)
+        cluster = ClusterSpec((spec,), engine)
+        arrange_cpu_devices(cluster.num_devices)
+        if engine.compilation_cache_dir is not None:
+            keep_compilations(engine.compilation_cache_dir)
+        with report.phase("devices"):
+            for line in describe_devices(cluster):
+                report.line(f"    {line}")
+            check_arithmetic(make_mesh(spec, cluster.num_devices))
+        check_host_memory(engine, 1)
+        config = read_model_config(engine)
+        ways = functools.partial(ways_to_others, secret=self._secret, listen=self._config.listen)
+        parts = build(spec, engine, config, cluster.num_devices, self._epoch, LocalExchange(), report, ways)
+        host = Host(spec, parts, self._make_links, self._say, self._died)
+        self._counter = counter = CompileCounter()
+        host.instance.compiles = lambda: counter.count
+        host.instance.start()
+        self._host = host
+
+    def _make_links(self, side: Side) -> GrpcLinks:
+        links = GrpcLinks(side, self._secret, self._loop)
+        links.listen(self._config.listen, self._config.advertise)
+        return links
+
+    def _begin_life(self) -> None:
+        host = self._host
+        assert host is not None
+        host.neighbours.reset()
+        limit = time.monotonic() + QUIET_S
+        while True:
+            try:
+                host.instance.call(functools.partial(host.instance.begin_life, self._epoch))
+                return
+            except Unavailable:  # bytes are on their way into some blocks yet
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.1)
+
+    async def _serve(self, stream: Stream) -> None:
+        """Hand on what the front-end says, until the stream ends."""
+        async for raw in stream.messages():
+            message = shifted(TO_INSTANCE.decode(raw), time.monotonic())
+            host = self._host
+            if isinstance(message, Refused):
+                if message.final:
+                    raise RefusedError(message.reason)
+                raise Unavailable(message.reason)
+            if host is None:
+                continue
+            if isinstance(message, Roster) and not self._member:
+                self._note_membership(message)
+            host.instance.post(message)
+
+    def _note_membership(self, roster: Roster) -> None:
+        """Probes may compile; what is compiled once this instance is ready is a mistake."""
+        self._member = any(m.name == self._name and m.state is MemberState.READY for m in roster.members)
+        if self._counter is not None:
+            self._counter.count = 0
+        if self._member:
+            self._report.line(f"{self._name} is a member of the cluster at {self._config.join}")
+
+    async def _beat(self) -> None:
+        while True:
+            host = self._host
+            if host is None:
+                self._say(Beat(_no_load(self._name, self._spec)))
+            elif host.instance.alive:
+                self._say(Beat(host.instance.load(), host.instance.stalled_s))
+            await asyncio.sleep(BEAT_S)
+
+    def _say(self, message: FromInstance) -> None:
+        stream = self._stream
+        if stream is not None:
+            stream.put(FROM_INSTANCE.encode(message))
+        if isinstance(message, Left):
+            self._loop.call_soon_threadsafe(self._left.set)
+
+    # -- ends ---------------------------------------------------------------------------------------------------------
+
+    def _died(self, error: BaseException) -> None:
+        """On the instance's thread."""
+        self._failure = self._failure or error
+        self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _die(self) -> int:
+        assert self._failure is not None
+        sys.stderr.write(f"{self._name} died; this was the first error:\n")
+        traceback.print_exception(self._failure, file=sys.stderr)
+        sys.stderr.flush()
+        return 1
+
+    async def _leave(self, life: asyncio.Future[None]) -> int:
+        """Drain: what runs here goes on elsewhere or is finished. A second signal ends the process."""
+        self._stop.clear()
+        if self._host is not None and self._stream is not None:
+            self._report.line(f"draining {self._name}: at most {self._config.shutdown_timeout_s:g} s")
+            self._say(Leaving())
+            waits: list[asyncio.Future[Any]] = [
+                asyncio.ensure_future(event.wait()) for event in (self._left, self._stop, self._ended)
+            ]
+            limit = self._config.shutdown_timeout_s
+            await asyncio.wait(
+                [*waits, asyncio.ensure_future(life)], timeout=limit, return_when=asyncio.FIRST_COMPLETED
+            )
+            for wait in waits:
+                wait.cancel()
+            await asyncio.sleep(LAST_WORDS_S)
+        life.cancel()
+        await asyncio.gather(life, return_exceptions=True)
+        self._report.line("stopped")
+        return 0
+
+
+def _no_load(name: str, spec: InstanceSpec) -> InstanceLoad:
+    counts = [field.name for field in dataclasses.fields(InstanceLoad) if field.type is int]
+    return InstanceLoad(name, spec.role.value, **dict.fromkeys(counts, 0))
+
+
+def _end_with_stdin() -> None:
+    """Nobody supervises this process any more when its standard input ends: so does it."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while os.read(0, 4096):
+                pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="stdin", daemon=True).start()
