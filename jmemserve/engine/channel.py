@@ -112,6 +112,7 @@ class Leader:
         self._world, self._fingerprint = world, fingerprint
         self._on_lost, self._on_terminate = on_lost, on_terminate
         self._followers: dict[int, FrameSocket] = {}
+        self._gone: set[int] = set()
         self._refused = ""
         self._changed = threading.Condition()
         self._stopping = threading.Event()
@@ -132,7 +133,7 @@ class Leader:
         threading.Thread(target=_beat, args=(self._followers.values(), self._stopping), daemon=True).start()
 
     def send(self, message: Message) -> None:
-        """Send to every follower; waits where one does not keep up. Without a follower this process ends."""
+        """Send to every follower; waits where one does not keep up. Raises TransferError if one is gone."""
         parts = pack(message)
         for number, frames in self._followers.items():
             try:
@@ -147,7 +148,7 @@ class Leader:
         with contextlib.suppress(TransferError):
             self.send(Message(_STOP))
         with self._changed:
-            self._changed.wait_for(lambda: not self._followers, MEET_S)
+            self._changed.wait_for(lambda: len(self._gone) == len(self._followers), MEET_S)
         self.close()
 
     def close(self) -> None:
@@ -178,7 +179,7 @@ class Leader:
             self._lose(number, error)
         finally:
             with self._changed:
-                self._followers.pop(number, None)
+                self._gone.add(number)
                 self._changed.notify_all()
 
     def _judge(self, number: Any, theirs: Any) -> str:

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from jmemserve.config import BlockLayout, ClusterSpec, EngineConfig, SwapPolicy, parse_mesh
+from jmemserve.config import BlockLayout, ClusterSpec, EngineConfig, SwapPolicy, Warmup, parse_mesh
 from jmemserve.devices import arrange_cpu_devices
 from jmemserve.engine import world as worlds
 from jmemserve.engine.channel import Follower, Leader
@@ -64,7 +64,7 @@ def make_tokens(tokens: Tokens) -> dict:
     out = {"greedy": tokens.generate(first, GREEDY), "again": tokens.generate(first, GREEDY)}
     out["warm"], out["shaped"] = tokens.generate(first, WARM), tokens.generate(first, SHAPED)
     out["many"], out["many again"] = tokens.generate(many, GREEDY), tokens.generate(many, GREEDY)
-    out["long"] = tokens.generate(many[:3], LONG)
+    out["long"] = tokens.generate(many[:3], LONG)  # together they need more than there is
     instance = tokens.cluster._instances["colocated0"]
     stats, load = instance.pool.stats(), tokens.cluster.loads()[0]
     out["stats"] = {
@@ -93,11 +93,12 @@ def main(process: int, num: int, port: int, devices: int, mode: str, engine: dic
     settings = {
         "max_num_seqs": 2,
         "max_num_batched_tokens": 32,
-        "kv_cache_tokens": 256,
+        "kv_cache_tokens": 160,
         "max_model_len": 128,
         "host_memory_gb": 0.03,
         "swap": SwapPolicy.ALWAYS,
         "block_layout": BlockLayout(engine.pop("layout", "aggregated")),
+        "warmup": Warmup(engine.pop("warmup", "fast")),
         **engine,
     }
     total = devices * num
