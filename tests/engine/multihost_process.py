@@ -2,7 +2,8 @@
 
     multihost_process.py '{"process": 0, "num": 2, "port": 1234, "devices": 1, "mode": "tokens"}'
 
-The leader prints what it made as a line of JSON.
+The leader prints a line of JSON when it is ready, or what it made, and goes on until it gets SIGTERM. Modes: tokens (of
+everything that an instance can do), idle, busy (with steps, all the time), speed (which ends by itself).
 """
 
 import json
@@ -85,11 +86,8 @@ def measure(tokens: Tokens) -> float:
     return (time.monotonic() - began) / LONG.max_tokens
 
 
-def main(process: int, num: int, port: int, devices: int, mode: str, engine: dict) -> None:
-    world = worlds.detect(f"127.0.0.1:{port}", num, process)
-    arrange_cpu_devices(devices)
-    if world is not None:
-        worlds.join(world)
+def cluster_spec(num_devices: int, layout: str = "aggregated", **engine: object) -> ClusterSpec:
+    """A small pool of the demo model: little is compiled, and much is swapped."""
     settings = {
         "max_num_seqs": 2,
         "max_num_batched_tokens": 32,
@@ -97,12 +95,19 @@ def main(process: int, num: int, port: int, devices: int, mode: str, engine: dic
         "max_model_len": 128,
         "host_memory_gb": 0.03,
         "swap": SwapPolicy.ALWAYS,
-        "block_layout": BlockLayout(engine.pop("layout", "aggregated")),
-        "warmup": Warmup(engine.pop("warmup", "fast")),
+        "block_layout": BlockLayout(layout),
+        "warmup": Warmup.FAST,
         **engine,
     }
-    total = devices * num
-    spec = ClusterSpec(parse_mesh(f"colocated:model={total}"), EngineConfig(**settings))
+    return ClusterSpec(parse_mesh(f"colocated:model={num_devices}"), EngineConfig(**settings))  # type: ignore[arg-type]
+
+
+def main(process: int, num: int, port: int, devices: int, mode: str, engine: dict) -> None:
+    world = worlds.detect(f"127.0.0.1:{port}", num, process)
+    arrange_cpu_devices(devices)
+    if world is not None:
+        worlds.join(world)
+    spec = cluster_spec(devices * num, **engine)
     leader = None
     if world is not None and not world.leads:
         follower = Follower(world, fingerprint(spec))
@@ -117,15 +122,14 @@ def main(process: int, num: int, port: int, devices: int, mode: str, engine: dic
     tokens.cluster.start()
     if leader is not None:
         lead(tokens.cluster._instances["colocated0"].runner, leader)
-    if mode == "tokens":
-        print(json.dumps(make_tokens(tokens)), flush=True)
-    elif mode == "speed":
+    if mode == "speed":
         print(json.dumps({"ms": 1e3 * measure(tokens)}), flush=True)
-    else:  # until somebody ends it
-        print(json.dumps({"ready": tokens.generate(prompts(1, 8, 3), GREEDY)}), flush=True)
-        while not stop.wait(0.01):
-            if mode == "busy":
-                tokens.generate(prompts(1, 8, 3), GREEDY)
+        stop.set()
+    else:
+        print(json.dumps(make_tokens(tokens) if mode == "tokens" else {"ready": True}), flush=True)
+    while not stop.wait(0.01):  # until somebody ends it
+        if mode == "busy":
+            tokens.generate(prompts(1, 8, 3), GREEDY)
     tokens.cluster.stop()
     if leader is not None:
         leader.stop()
