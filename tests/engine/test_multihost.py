@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -34,27 +33,27 @@ class Job:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
+        self.outputs = [folder / f"output-{mode}-{number}" for number in range(2)]
         self.errors = [folder / f"errors-{mode}-{number}" for number in range(2)]
         self.processes = []
         for number, path in enumerate(self.errors):
             settings = {"seed": seeds[number], **engine}
             wish = {"process": number, "num": 2, "port": port, "devices": devices, "mode": mode, "engine": settings}
             command = [sys.executable, str(SCRIPT), json.dumps(wish)]
-            with path.open("w") as stderr:
-                self.processes.append(
-                    subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
-                )
+            with path.open("w") as stderr, self.outputs[number].open("w") as stdout:
+                self.processes.append(subprocess.Popen(command, stdout=stdout, stderr=stderr, env=env))
 
     def said(self, number: int) -> str:
         return self.errors[number].read_text()
 
     def answer(self, timeout_s: float = 120) -> dict:
         """The leader's line of JSON; others are of libraries."""
-        stdout, limit = self.processes[0].stdout, time.monotonic() + timeout_s
-        assert stdout is not None
-        while select.select([stdout], [], [], max(0, limit - time.monotonic()))[0] and (line := stdout.readline()):
-            if line.startswith("{"):
-                return json.loads(line)
+        limit = time.monotonic() + timeout_s
+        while time.monotonic() < limit and all(process.poll() is None for process in self.processes):
+            for line in self.outputs[0].read_text().splitlines(keepends=True):
+                if line.startswith("{") and line.endswith("\n"):
+                    return json.loads(line)
+            time.sleep(0.05)
         raise AssertionError(f"no answer:\n{self.said(0)}\n{self.said(1)}")
 
     def codes(self, timeout_s: float) -> list[int]:
@@ -72,8 +71,6 @@ def started(*args, **kwargs) -> Iterator[Job]:
         for process in job.processes:
             process.kill()
             process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
 
 
 def tokens_of_one_process(num_devices: int) -> dict:
