@@ -84,10 +84,11 @@ def join(world: World) -> None:
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)
-    explicit = (None, None, None) if world.detected else (world.coordinator, world.num_processes, world.process_id)
     try:
         jax.distributed.initialize(
-            *explicit,
+            None if world.detected else world.coordinator,
+            None if world.detected else world.num_processes,
+            None if world.detected else world.process_id,
             cluster_detection_method=None if world.detected else "deactivate",  # else Slurm's variables hide devices
             initialization_timeout=JOIN_S,
             shutdown_timeout_seconds=LEAVE_S,
