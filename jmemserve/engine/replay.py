@@ -21,9 +21,11 @@ from jmemserve.config import ClusterSpec
 from jmemserve.engine.build import build, model_folder, read_model_config
 from jmemserve.engine.channel import Follower, Leader, Message
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
+from jmemserve.engine.mesh import make_mesh
 from jmemserve.engine.report import Report
 from jmemserve.engine.runner import Order, Runner
-from jmemserve.errors import ConfigError, TransferError
+from jmemserve.engine.selftest import check_arithmetic
+from jmemserve.errors import TransferError
 from jmemserve.kvpool.store import SpanningStore
 from jmemserve.kvpool.transports.local import LocalExchange
 from jmemserve.scheduler.plan import StepShape
@@ -85,7 +87,7 @@ def run_follower(spec: ClusterSpec, follower: Follower, report: Report) -> None:
     config = read_model_config(engine)
     if engine.compilation_cache_dir is not None:
         keep_compilations(engine.compilation_cache_dir)
-    check_one_instance(spec)
+    check_arithmetic(make_mesh(spec.instances[0], spec.num_devices))
     parts = build(spec.instances[0], engine, config, spec.num_devices, 0, LocalExchange(), report)
     counter = CompileCounter()
     report.line("follows process 0")
@@ -93,12 +95,6 @@ def run_follower(spec: ClusterSpec, follower: Follower, report: Report) -> None:
     report.line(f"stopped; {counter.count} programs were compiled after the start")
     counter.close()
     follower.close()
-
-
-def check_one_instance(spec: ClusterSpec) -> None:
-    """Raise ConfigError if this is more than one instance can be."""
-    if len(spec.instances) != 1:
-        raise ConfigError(f"one instance may have the devices of several processes, not {len(spec.instances)} of them")
 
 
 def _order(values: tuple, arrays: tuple[np.ndarray, ...]) -> Order:

@@ -6,6 +6,8 @@ process that dies ends all the others; the instance is the unit of failure.
 """
 
 import dataclasses
+import os
+import sys
 import warnings
 
 import jax
@@ -99,10 +101,19 @@ def join(world: World) -> None:
         raise ConfigError(f"JAX runs as (processes, number) {found}, and not as {world}")
 
 
-def leave() -> None:
-    """Wait for the others to end too, and disconnect. Without a world nothing happens."""
-    if jax.distributed.is_initialized():
-        jax.distributed.shutdown()
+def leave(code: int = 0) -> None:
+    """With code 0, wait for the others to end too, and disconnect; otherwise end this process at once with that code.
+
+    After a failure JAX's own end would wait for processes that wait for this one, and then abort. Ended at once, they
+    hear of it by their channel. Without a world nothing happens.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    jax.distributed.shutdown()
 
 
 def broadcast(data: bytes, size: int) -> bytes:

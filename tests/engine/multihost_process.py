@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from jmemserve.engine.channel import Follower, Leader
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.replay import fingerprint, lead, run_follower
 from jmemserve.engine.report import ConsoleReport
+from jmemserve.kvpool.store import PageStore
 from jmemserve.types import Event, Request, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -59,6 +62,16 @@ def prompts(num: int, length: int, seed: int) -> list[list[int]]:
     return np.random.default_rng(seed).integers(2, 1024, (num, length)).tolist()
 
 
+def move_parts(store: PageStore) -> list[int]:
+    """Reads and writes of one layer's keys, which only transfers do; page 0 is nobody's."""
+    whole, part = np.asarray(store.gather([3])), store.gather_part([3], 1, 0)
+    np.testing.assert_array_equal(np.asarray(part), whole[:, 1, 0])
+    store.scatter_part([0], 2, 1, part)
+    got = np.asarray(store.gather([0]))[:, 2, 1]
+    np.testing.assert_array_equal(got, whole[:, 1, 0])
+    return list(got.shape)
+
+
 def make_tokens(tokens: Tokens) -> dict:
     """All that enqueues device work: steps, every sampler, prefix hits, preemption, swaps out and in."""
     first, many = prompts(3, 40, 1), prompts(9, 60, 2)
@@ -67,6 +80,9 @@ def make_tokens(tokens: Tokens) -> dict:
     out["many"], out["many again"] = tokens.generate(many, GREEDY), tokens.generate(many, GREEDY)
     out["long"] = tokens.generate(many[:3], LONG)  # together they need more than there is
     instance = tokens.cluster._instances["colocated0"]
+    answer: Future[list[int]] = Future()
+    instance.post(lambda: answer.set_result(move_parts(instance.runner.store)))
+    out["parts"] = answer.result(30)
     stats, load = instance.pool.stats(), tokens.cluster.loads()[0]
     out["stats"] = {
         "swapped_out": stats.swapped_out,
@@ -138,4 +154,9 @@ def main(process: int, num: int, port: int, devices: int, mode: str, engine: dic
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    main(**{"engine": {}} | json.loads(sys.argv[1]))
+    try:
+        main(**{"engine": {}} | json.loads(sys.argv[1]))
+    except BaseException:
+        traceback.print_exc()
+        worlds.leave(1)
+        raise

@@ -52,6 +52,8 @@ def meet(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(channel, "broadcast", broadcast)
     yield call
     for end in ends:
+        end._stopping.set()  # neither is to call the other's end a loss
+    for end in ends:
         end.close()
 
 
