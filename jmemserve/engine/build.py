@@ -24,12 +24,13 @@ from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.mesh import device_memory, make_mesh
 from jmemserve.engine.report import Report
 from jmemserve.engine.runner import Runner
+from jmemserve.engine.world import smallest
 from jmemserve.errors import ConfigError
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool import BlockPool, Flags, Granularity
 from jmemserve.kvpool.arena import HostArena, make_arena
 from jmemserve.kvpool.events import EventLog
-from jmemserve.kvpool.store import PageStore
+from jmemserve.kvpool.store import make_store
 from jmemserve.kvpool.transports import Transport
 from jmemserve.kvpool.transports.local import LocalExchange, LocalTransport
 from jmemserve.models import ModelConfig, load_config, weights
@@ -113,6 +114,7 @@ def build(
     """Load, allocate and compile one instance. Raises ConfigError or CheckpointError.
 
     Instances with the same ``exchange`` can move blocks between each other; ``more_ways`` are transports to others.
+    Where the mesh is of several processes each of them must call this, with the same arguments.
     """
     mesh = make_mesh(spec, num_devices)
     dtype = resolve_dtype(engine, config)
@@ -134,16 +136,16 @@ def build(
     layout = PageLayout(config.num_layers, config.num_kv_heads, engine.block_size, config.head_dim, dtype, aggregated)
     num_blocks, max_model_len = _pool_size(engine, config, layout, mesh, dtype)
     with report.phase(f"{spec.name}: KV pool ({num_blocks:,} blocks, {num_blocks * engine.block_size:,} tokens)"):
-        store = PageStore(layout, num_blocks, mesh)
+        store = make_store(layout, num_blocks, mesh)
         jax.block_until_ready(store.pages)
     arena, dram_blocks = None, int(engine.host_memory_gb * (1 << 30)) // layout.bytes_per_block
     if engine.host_memory_gb and dram_blocks < 1:
         raise ConfigError(
             f"--host-memory-gb {engine.host_memory_gb:g} is less than one block of {layout.bytes_per_block:,} bytes"
         )
-    if dram_blocks:
+    if dram_blocks and jax.process_index() == 0:  # of several processes only the leader has one
         with report.phase(f"{spec.name}: host memory ({dram_blocks:,} blocks, {engine.host_memory_gb:g} GiB)"):
-            arena = make_arena(layout, dram_blocks, mesh)
+            arena = make_arena(layout, dram_blocks, store.piece_mesh)
     report.line(
         f"    room for {num_blocks * engine.block_size / max_model_len:.1f} sequences of {max_model_len:,} tokens, "
         f"{num_blocks * layout.bytes_per_block / 1e6:,.0f} MB"
@@ -249,6 +251,7 @@ def _pool_size(
         num_blocks = int(room * mesh.size / layout.bytes_per_block)
         if on_cpu and engine.memory_utilization is None:
             num_blocks = min(num_blocks, 2 * engine.max_num_seqs * -(-longest // size))
+        num_blocks = smallest(num_blocks)  # every process measures its own devices
     if num_blocks < 2:
         raise ConfigError(
             f"after the weights there is no memory left for a KV pool ({num_blocks} blocks of "

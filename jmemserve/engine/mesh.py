@@ -34,14 +34,19 @@ def make_mesh(spec: InstanceSpec, num_needed: int) -> Mesh:
             + (" (or a new process: JAX has started with these)" if devices[0].platform == "cpu" else "")
         )
     chosen = [devices[index] for index in spec.device_indices]
+    if jax.process_count() > 1 and len(chosen) != len(devices):
+        raise ConfigError(
+            f"{spec.name} has {len(chosen)} of {len(devices)} devices, but in several processes one instance must have "
+            f"them all; use --mesh {spec.role.value}:model={len(devices)}"
+        )
     return Mesh(np.array(chosen), (AXIS,))
 
 
 def device_memory(mesh: Mesh) -> tuple[int, int]:
     """Bytes of one device of the mesh: (in all, in use). CPU devices share this machine's memory equally."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]  # of other processes nothing can be asked
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"], stats["bytes_in_use"]
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return total // max(1, len(jax.devices())), 0
+    return total // max(1, len(jax.local_devices())), 0

@@ -49,8 +49,23 @@ class Flight:
         return tokens, described
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Order:
+    """All that the host gives for one step. On a mesh of several processes each of them must give the same."""
+
+    shape: StepShape
+    ints: np.ndarray  # of ``_make_ints``
+    penalties: tuple[np.ndarray, ...] | None  # history, counts, banned, floats, from_last of ``sampling.penalize``
+    draw: tuple[np.ndarray, ...] | None  # of ``sampling.draw``; None: every row is greedy
+    describe: bool  # somebody wants log probabilities
+
+
 class Runner:
-    """The model of one instance on its mesh, compiled for every shape of its list."""
+    """The model of one instance on its mesh, compiled for every shape of its list.
+
+    ``record(order)`` hears of every step before it is enqueued; where other processes have a part of the mesh, it
+    tells them.
+    """
 
     def __init__(
         self,
@@ -64,6 +79,7 @@ class Runner:
         backend: str = "xla",
     ):
         self.store = store
+        self.record: Callable[[Order], None] = lambda order: None
         self.shapes = shapes
         self.max_seqs = max(shape.seqs for shape in shapes)
         self.width = -(-max_model_len // store.layout.block_size)
@@ -129,33 +145,40 @@ class Runner:
 
     def launch(self, plan: Plan) -> Flight:
         """Enqueue one step and return at once."""
-        shape = plan.shape
-        if shape not in self._steps:
-            self._compile_step(shape)  # only with warm-up switched off
-        ints, from_last = _make_ints(plan, self.width, self.store.layout.block_size)
-        step = self._steps[shape]
-        self.store.pages, logits = step(self._leaves, self.store.pages, self._last, self._put(ints))
-        tokens = self._sample(plan, logits, from_last)
-        described = None
-        if any(piece.samples and piece.sequence.request.params.logprobs is not None for piece in plan.slices):
-            described = self._call("describe", shape.seqs, logits, tokens)
-            for array in described:
-                array.copy_to_host_async()
-        self._last = tokens
-        tokens.copy_to_host_async()
+        tokens, described = self.enqueue(self._make_order(plan))
+        for array in (tokens, *(described or ())):
+            array.copy_to_host_async()
         return Flight(plan, tokens, described)
 
-    def _sample(self, plan: Plan, logits: jax.Array, from_last: np.ndarray) -> jax.Array:
-        rows = plan.shape.seqs
+    def enqueue(self, order: Order) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
+        """Enqueue the step and the samplers that an order asks for: (tokens, what ``sampling.describe`` says)."""
+        self.record(order)
+        shape = order.shape
+        if shape not in self._steps:
+            self._compile_step(shape)  # only with warm-up switched off
+        step = self._steps[shape]
+        self.store.pages, logits = step(self._leaves, self.store.pages, self._last, self._put(order.ints))
+        if order.penalties is not None:
+            *arrays, from_last = (self._put(x) for x in order.penalties)
+            logits = self._call("penalize", shape.seqs, logits, *arrays, self._last, from_last)
+        if order.draw is None:
+            tokens = self._call("greedy", shape.seqs, logits)
+        else:
+            tokens = self._call("draw", shape.seqs, logits, *(self._put(x) for x in order.draw))
+        self._last = tokens
+        return tokens, self._call("describe", shape.seqs, logits, tokens) if order.describe else None
+
+    def _make_order(self, plan: Plan) -> Order:
+        ints, from_last = _make_ints(plan, self.width, self.store.layout.block_size)
+        shaped = any(_shaped(piece.sequence) for piece in plan.slices)
         params = [piece.sequence.request.params for piece in plan.slices]
-        if any(_shaped(piece.sequence) for piece in plan.slices):
-            history, counts, banned, floats = _make_penalties(plan, self.max_model_len)
-            arrays = (self._put(x) for x in (history, counts, banned, floats))
-            logits = self._call("penalize", rows, logits, *arrays, self._last, self._put(from_last))
-        if all(p.temperature == 0 for p in params):
-            return self._call("greedy", rows, logits)
-        floats, ints = _make_draw(plan)
-        return self._call("draw", rows, logits, self._put(floats), self._put(ints))
+        return Order(
+            plan.shape,
+            ints,
+            (*_make_penalties(plan, self.max_model_len), from_last) if shaped else None,
+            None if all(p.temperature == 0 for p in params) else _make_draw(plan),
+            any(piece.samples and piece.sequence.request.params.logprobs is not None for piece in plan.slices),
+        )
 
     def _call(self, name: str, rows: int, *arrays: jax.Array):
         if (name, rows) not in self._samplers:
@@ -163,7 +186,7 @@ class Runner:
         return self._samplers[name, rows](*arrays)
 
     def _put(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, self._everywhere)
+        return self.store.place(array, self._everywhere)
 
 
 def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str) -> Callable:

@@ -22,7 +22,7 @@ def check_arithmetic(mesh: Mesh, attention: str = "xla") -> float:
     tables = np.array([[1, 2], [3, 4], [5, 6]], np.int32)
     context = np.array([8, 3, 5], np.int32)
     starts = np.arange(ROWS + 1, dtype=np.int32)
-    with jax.default_device(mesh.devices.flat[0]):
+    with jax.default_device(mesh.local_devices[0]):
         places = (jnp.asarray(x) for x in (context - 1, np.zeros_like(context), tables, context, starts))
         kernel = jax.jit(lambda q, pages, ragged: attention_backend(attention)(q, pages, 0, ragged, None))
         got = np.asarray(kernel(jnp.asarray(q), jnp.asarray(pages), Ragged(*places)))

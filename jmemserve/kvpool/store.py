@@ -2,9 +2,12 @@
 
 The store has the only name of the pages. Reads that must see old contents are enqueued before the step that donates
 the pages; dispatch order is enough, so every call but ``checksums`` comes from the owner's own thread.
+
+    PageStore        the devices of one process
+    SpanningStore    devices of several processes, which all make the same calls; see ``engine/replay.py``
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +34,25 @@ class PageStore:
         self.num_blocks = num_blocks
         self.sizes = tuple(size for size in PIECES if size == 1 or size * layout.bytes_per_block <= PIECE_BYTES)
         self.pages_sharding = NamedSharding(mesh, P(*layouts.page_axes(layout.aggregated)))
-        self.sharding = NamedSharding(mesh, P(*layouts.page_axes(True)))  # of a piece
-        self.part_sharding = NamedSharding(mesh, P(None, "model", None, None))
+        self._split, self._split_part = piece_shardings(mesh)  # of what is written into the pages
+        self.piece_mesh = mesh  # where others see pieces and parts, so sharded:
+        self.sharding, self.part_sharding = self._split, self._split_part
         self.pages: Pages = jax.jit(lambda: layout.zeros(num_blocks + 1), out_shardings=self.pages_sharding)()
         everywhere = NamedSharding(mesh, P())
-        self._put = lambda numbers: jax.device_put(np.asarray(numbers, np.int32), everywhere)
-        self._gather = jax.jit(layouts.gather_blocks, out_shardings=self.sharding)
+        self._put = lambda numbers: self.place(np.asarray(numbers, np.int32), everywhere)
+        self._make_gathers(self.sharding, self.part_sharding)
         self._scatter = jax.jit(layouts.scatter_blocks, donate_argnums=0, out_shardings=self.pages_sharding)
-        self._gather_part = jax.jit(layouts.gather_part, out_shardings=self.part_sharding)
         self._scatter_part = jax.jit(layouts.scatter_part, donate_argnums=0, out_shardings=self.pages_sharding)
         self._on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._sums = jax.jit(layouts.block_checksums, static_argnums=2)
+
+    def _make_gathers(self, piece: NamedSharding, part: NamedSharding) -> None:
+        self._gather = jax.jit(layouts.gather_blocks, out_shardings=piece)
+        self._gather_part = jax.jit(layouts.gather_part, out_shardings=part)
+
+    def place(self, array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+        """Put an array onto the mesh of the pages."""
+        return jax.device_put(array, sharding)
 
     @property
     def checksum_kind(self) -> str:
@@ -67,10 +78,10 @@ class PageStore:
         assert len(numbers) in self.sizes, f"{len(numbers)} blocks are none of the pieces {self.sizes}"
         return self._gather(self.pages, self._put(numbers))
 
-    def scatter(self, numbers: Sequence[int], piece: jax.Array) -> None:
+    def scatter(self, numbers: Sequence[int], piece: jax.Array | np.ndarray) -> None:
         """Write a piece into these blocks, whatever mesh it lies on."""
         assert piece.shape == (len(numbers), *self.layout.page_shape), (piece.shape, len(numbers), self.layout)
-        self.pages = self._scatter(self.pages, self._put(numbers), jax.device_put(piece, self.sharding))
+        self.pages = self._scatter(self.pages, self._put(numbers), self.place(piece, self._split))
 
     def gather_part(self, numbers: Sequence[int], layer: int, half: int) -> jax.Array:
         """A copy of one layer's keys (half 0) or values (1) of these blocks: [n, K, C, H]."""
@@ -78,9 +89,9 @@ class PageStore:
             return self._gather_part(self.pages[layer], self._put(numbers), self._put(half))
         return self._gather_part(self.pages, self._put(numbers), self._put(layer), self._put(half))
 
-    def scatter_part(self, numbers: Sequence[int], layer: int, half: int, part: jax.Array) -> None:
+    def scatter_part(self, numbers: Sequence[int], layer: int, half: int, part: jax.Array | np.ndarray) -> None:
         """Write one layer's keys or values of these blocks."""
-        numbers_, part = self._put(numbers), jax.device_put(part, self.part_sharding)
+        numbers_, part = self._put(numbers), self.place(part, self._split_part)
         if isinstance(self.pages, tuple):
             own = self._scatter_part(self.pages[layer], numbers_, part, self._put(half))
             self.pages = (*self.pages[:layer], own, *self.pages[layer + 1 :])
@@ -120,3 +131,55 @@ class PageStore:
     def to_device(self, blocks: np.ndarray) -> jax.Array:
         """A piece from the host; a copy, whatever happens to ``blocks`` later."""
         return jax.device_put(jnp.array(blocks), self.sharding)
+
+
+class SpanningStore(PageStore):
+    """Pages on a mesh of several processes. Every process makes the same calls, in the same order.
+
+    Pieces leave and enter through the first device of this process: a gather copies its blocks to every device, and
+    what is scattered is on every host. So whoever handles pieces (arena, transports, checksums) sees arrays of one
+    device that is its own, and may do with them what it likes without the other processes.
+
+    ``record(name, numbers, more, bytes)`` hears of every call before it is made; the leader tells it to the others.
+    """
+
+    def __init__(self, layout: PageLayout, num_blocks: int, mesh: Mesh):
+        super().__init__(layout, num_blocks, mesh)
+        self.record: Callable[[str, Sequence[int], tuple[int, ...], np.ndarray | None], None] = lambda *call: None
+        self._everywhere = NamedSharding(mesh, P())
+        self._make_gathers(self._everywhere, self._everywhere)
+        self.piece_mesh = Mesh(np.array(mesh.local_devices[:1]), mesh.axis_names)
+        self.sharding, self.part_sharding = piece_shardings(self.piece_mesh)
+
+    def place(self, array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+        """As a device_put, which would first ask all processes whether they have the same bytes: here they have."""
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    def gather(self, numbers: Sequence[int]) -> jax.Array:
+        self.record("gather", numbers, (), None)
+        return super().gather(numbers).addressable_data(0)
+
+    def scatter(self, numbers: Sequence[int], piece: jax.Array | np.ndarray) -> None:
+        blocks = np.asarray(piece)
+        self.record("scatter", numbers, (), blocks)
+        super().scatter(numbers, blocks)
+
+    def gather_part(self, numbers: Sequence[int], layer: int, half: int) -> jax.Array:
+        self.record("gather_part", numbers, (layer, half), None)
+        return super().gather_part(numbers, layer, half).addressable_data(0)
+
+    def scatter_part(self, numbers: Sequence[int], layer: int, half: int, part: jax.Array | np.ndarray) -> None:
+        blocks = np.asarray(part)
+        self.record("scatter_part", numbers, (layer, half), blocks)
+        super().scatter_part(numbers, layer, half, blocks)
+
+
+def piece_shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
+    """How a piece and a part lie on a mesh: sharded as the pages are."""
+    return NamedSharding(mesh, P(*layouts.page_axes(True))), NamedSharding(mesh, P(None, "model", None, None))
+
+
+def make_store(layout: PageLayout, num_blocks: int, mesh: Mesh) -> PageStore:
+    """The store for this mesh. Of a mesh of several processes each must make its own."""
+    return (SpanningStore if mesh.is_multi_process else PageStore)(layout, num_blocks, mesh)
