@@ -7,8 +7,8 @@ The script starts ``python -m jmemserve.serve --processes per-instance``, asks i
 happens (the truth), and then again and again while faults happen: SIGKILL, SIGSTOP for longer than the heartbeat
 timeout and then SIGCONT, and the end of all TCP connections of a process that lives on. A fault comes as soon as the
 cluster is as large as ``--least`` again. Aims, and the exit code is 1 if one is missed: no stream lost, none with a
-changed token, none with a doubled one, no block held at the end, and a median of less than ``--ttft-aim`` seconds to the
-first token of a request that is sent right after a kill.
+changed token, none with a doubled one, no block held at the end, and a median of less than ``--ttft-aim`` seconds to
+the first token of a request that is sent right after a kill.
 """
 
 import argparse
@@ -204,7 +204,8 @@ async def run(args: argparse.Namespace, server: Server) -> tuple[Tally, dict[str
             stream.truth = tuple(tokens)
             tally.ttft_quiet_s.append(ttft)
         clients = [
-            asyncio.ensure_future(keep_streaming(client, streams, number, tally, over)) for number in range(args.clients)
+            asyncio.ensure_future(keep_streaming(client, streams, number, tally, over))
+            for number in range(args.clients)
         ]
         pauses: list[asyncio.Future[None]] = []
         began = time.monotonic()
@@ -301,7 +302,9 @@ def plot(tally: Tally, path: Path, title: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
     for values, label in ((tally.ttft_quiet_s, "quiet"), (tally.ttft_after_kill_s, "right after a kill")):
         if values:
-            axes[0].step(sorted(values), [n / len(values) for n in range(1, len(values) + 1)], label=label, where="post")
+            axes[0].step(
+                sorted(values), [n / len(values) for n in range(1, len(values) + 1)], label=label, where="post"
+            )
     axes[0].set(xlabel="TTFT (s)", ylabel="share of requests")
     axes[0].legend()
     gaps = sorted(tally.longest_gap_s)

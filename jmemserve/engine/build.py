@@ -30,7 +30,7 @@ from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool import BlockPool, Flags, Granularity
 from jmemserve.kvpool.arena import HostArena, make_arena
 from jmemserve.kvpool.events import EventLog
-from jmemserve.kvpool.store import make_store
+from jmemserve.kvpool.store import PageStore, make_store
 from jmemserve.kvpool.transports import Transport
 from jmemserve.kvpool.transports.local import LocalExchange, LocalTransport
 from jmemserve.models import ModelConfig, load_config, weights

@@ -433,7 +433,7 @@ class Instance:
         self.on_roster(roster)
 
     def _forget(self, peer: str) -> None:
-        """Free what a peer has here, and end the link: should the peer be alive after all, they greet each other anew."""
+        """Free what a peer has here, and end the link: should it be alive after all, they greet each other anew."""
         self._prober.forget(peer)
         self.node.forget_peer(peer)
         self.drop_link(peer)

@@ -37,7 +37,8 @@ def fingerprint(spec: ClusterSpec) -> str:
     """Equal in processes that build the same: flags, the model's config, and releases. Raises ConfigError."""
     engine = dataclasses.replace(spec.engine, model="", compilation_cache_dir=None)  # may lie elsewhere on each host
     config = (model_folder(spec.engine) / "config.json").read_bytes()
-    text = repr((engine, spec.instances, jax.__version__, jax.default_backend(), len(jax.local_devices())))
+    instances = [(instance.role, instance.model_axis) for instance in spec.instances]
+    text = repr((engine, instances, jax.__version__, jax.default_backend(), len(jax.local_devices())))
     return f"jax {jax.__version__}, {hashlib.sha256(text.encode() + config).hexdigest()[:12]}"
 
 

@@ -66,6 +66,8 @@ def detect(
     given = (coordinator, num_processes, process_id)
     if given == (None, None, None):
         return _from_environment()
+    if given == (None, 1, None):
+        return None  # whatever the environment says
     if coordinator is None or num_processes is None or process_id is None:
         raise ConfigError("give all of --coordinator, --num-processes and --process-id, or none of them")
     if not 0 <= process_id < num_processes:

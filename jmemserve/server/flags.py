@@ -71,6 +71,9 @@ class ServeConfig:
     advertise: str | None = None  # what they dial instead
     secret_file: str | None = None
     ends_with_stdin: bool = False
+    coordinator: str | None = None  # of an instance that has several processes
+    num_processes: int | None = None
+    process_id: int | None = None
 
     @property
     def is_loopback(self) -> bool:
@@ -147,6 +150,11 @@ _SERVER = (
     _Flag("name", str, None, "name of this instance in the cluster; default: the front-end gives it one"),
     _Flag("listen", str, "127.0.0.1:0", "HOST:PORT where other instances reach this one; port 0: any free one"),
     _Flag("advertise", str, None, "HOST:PORT that other instances dial instead of --listen"),
+    _Flag(
+        "coordinator", str, None, "HOST:PORT of process 0 of an instance that has several; default: as Slurm etc. say"
+    ),
+    _Flag("num_processes", int, None, "how many processes this instance has; 1: no others, whatever Slurm etc. say"),
+    _Flag("process_id", int, None, "which of them this is, from 0; process 0 joins the front-end"),
     _Flag("secret_file", str, None, "what all processes of the cluster know; default: ~/.cache/jmemserve/secret"),
     _Flag("ends_with_stdin", Switch, Switch.OFF, "end when standard input does, for supervisors"),
     _Flag("served_model_name", str, None, "name that clients may give; default: --model's last part"),
@@ -215,6 +223,7 @@ def dump_config(config: ServeConfig) -> str:
     values |= {"processes": config.processes.value, "role": None if config.role is None else config.role.value}
     values |= {"join": config.join, "name": (config.instance.name or None) if config.instance else None}
     values |= {"listen": config.listen, "advertise": config.advertise, "secret_file": config.secret_file}
+    values |= {name: getattr(config, name) for name in ("coordinator", "num_processes", "process_id")}
     values["ends_with_stdin"] = "on" if config.ends_with_stdin else "off"
     return yaml.safe_dump(values, sort_keys=False)
 
@@ -257,8 +266,10 @@ def _make_config(settings: Mapping[str, Any]) -> ServeConfig:
     role, processes = server["role"], server["processes"]
     instance, mesh = None, server["mesh"] or "prefill+decode"
     if role in (None, ProcessRole.FRONTEND):
-        if server["join"] is not None:
-            raise ConfigError("--join is for one instance: give --role prefill, decode or colocated too")
+        for flag in ("join", "name", "coordinator", "num_processes", "process_id"):
+            if server[flag] is not None:
+                option = _FLAGS[flag].option
+                raise ConfigError(f"{option} is for one instance: give --role prefill, decode or colocated too")
         if role is ProcessRole.FRONTEND and (server["mesh"] is not None or processes is not Processes.ONE):
             raise ConfigError("--role frontend has no instances of its own: leave --mesh and --processes out")
         specs = () if role is ProcessRole.FRONTEND else parse_mesh(mesh)
@@ -286,6 +297,9 @@ def _make_config(settings: Mapping[str, Any]) -> ServeConfig:
         server["advertise"],
         server["secret_file"],
         server["ends_with_stdin"] is Switch.ON,
+        server["coordinator"],
+        server["num_processes"],
+        server["process_id"],
     )
 
 

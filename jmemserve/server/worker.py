@@ -21,12 +21,15 @@ import grpc.aio
 from jmemserve.config import ClusterSpec, InstanceSpec
 from jmemserve.devices import arrange_cpu_devices
 from jmemserve.engine.build import build, check_host_memory, model_facts, read_model_config
+from jmemserve.engine.channel import Follower, Leader
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
 from jmemserve.engine.links import Side
 from jmemserve.engine.local import Host
 from jmemserve.engine.mesh import describe_devices, make_mesh
+from jmemserve.engine.replay import fingerprint, lead, run_follower
 from jmemserve.engine.report import Report
 from jmemserve.engine.selftest import check_arithmetic
+from jmemserve.engine.world import World, detect, join, leave
 from jmemserve.errors import ConfigError, JmemserveError, TransferError, Unavailable
 from jmemserve.kvpool.transports.local import LocalExchange
 from jmemserve.scheduler.messages import Beat, FromInstance, Leaving, Left, MemberState, Roster, shifted
@@ -36,7 +39,7 @@ from jmemserve.server.net.secret import load_secret
 from jmemserve.server.net.streams import OPTIONS, Stream, dial, prove_as_client
 from jmemserve.server.net.ways import ways_to_others
 from jmemserve.server.net.words import FROM_INSTANCE, HANDSHAKE, TO_INSTANCE, Apply, Refused, Welcome
-from jmemserve.server.signals import catch_signals, on_daemon_thread
+from jmemserve.server.signals import catch_signals, first_of, on_daemon_thread
 from jmemserve.types import InstanceLoad
 
 BEAT_S = 0.5
@@ -56,18 +59,50 @@ async def run(config: ServeConfig, report: Report) -> int:
 
     0: left; 1: the instance died, or the front-end could not be reached; raises ConfigError if it cannot be a member.
     """
-    worker = Worker(config, report)
     if config.ends_with_stdin:
         _end_with_stdin()
-    return await worker.run()
+    world = detect(config.coordinator, config.num_processes, config.process_id)
+    if world is not None and not world.leads:
+        return await _follow(config, world, report)
+    return await Worker(config, world, report).run()
+
+
+async def _follow(config: ServeConfig, world: World, report: Report) -> int:
+    """Be one of the further processes of an instance: repeat on this process's devices what process 0 does."""
+    spec, stop = config.cluster, catch_signals()
+
+    def work() -> None:
+        arrange_cpu_devices(world.local_devices(spec.num_devices))
+        join(world)
+        followers.append(Follower(world, fingerprint(spec)))
+        run_follower(spec, followers[0], report)
+
+    followers: list[Follower] = []
+    working = asyncio.ensure_future(on_daemon_thread(work))
+    await first_of(working, stop.wait())
+    if not working.done() and followers:
+        followers[0].ask_to_terminate()  # process 0 drains first, and then ends all
+        await first_of(working, asyncio.sleep(config.shutdown_timeout_s + LAST_WORDS_S))
+    if not working.done():
+        leave(1)
+        return 1  # it was not one of several yet
+    try:
+        working.result()
+    except BaseException:
+        traceback.print_exc()
+        leave(1)
+        raise
+    leave()
+    return 0
 
 
 class Worker:
     """The process of one instance."""
 
-    def __init__(self, config: ServeConfig, report: Report):
+    def __init__(self, config: ServeConfig, world: World | None, report: Report):
         assert config.join is not None and config.instance is not None
-        self._config, self._report = config, report
+        self._config, self._world, self._report = config, world, report
+        self._leader: Leader | None = None  # of the processes of this instance, if it has several
         self._spec: InstanceSpec = config.instance
         self._engine = config.cluster.engine
         self._secret = load_secret(config.secret_file)
@@ -113,6 +148,9 @@ class Worker:
                 wait.cancel()
             if self._host is not None:
                 await asyncio.to_thread(self._host.close)
+            if self._leader is not None:
+                await asyncio.to_thread(self._leader.stop)
+                await asyncio.to_thread(leave)
 
     # -- one life -----------------------------------------------------------------------------------------------------
 
@@ -169,7 +207,12 @@ class Worker:
         engine, report = self._engine, self._report
         spec = InstanceSpec(self._name, self._spec.role, self._spec.model_axis, 0)
         cluster = ClusterSpec((spec,), engine)
-        arrange_cpu_devices(cluster.num_devices)
+        world = self._world
+        arrange_cpu_devices(world.local_devices(cluster.num_devices) if world else cluster.num_devices)
+        if world is not None:
+            report.line(f"process 0 of {world.num_processes}, which meet at {world.coordinator}")
+            join(world)
+            self._leader = Leader(world, fingerprint(cluster), on_terminate=self._ask_to_stop)
         if engine.compilation_cache_dir is not None:
             keep_compilations(engine.compilation_cache_dir)
         with report.phase("devices"):
@@ -180,11 +223,17 @@ class Worker:
         config = read_model_config(engine)
         ways = functools.partial(ways_to_others, secret=self._secret, listen=self._config.listen)
         parts = build(spec, engine, config, cluster.num_devices, self._epoch, LocalExchange(), report, ways)
+        if self._leader is not None:
+            lead(parts.runner, self._leader)
         host = Host(spec, parts, self._make_links, self._say, self._died)
         self._counter = counter = CompileCounter()
         host.instance.compiles = lambda: counter.count
         host.instance.start()
         self._host = host
+
+    def _ask_to_stop(self) -> None:
+        """Another process of this instance was asked to end."""
+        self._loop.call_soon_threadsafe(self._stop.set)
 
     def _make_links(self, side: Side) -> GrpcLinks:
         links = GrpcLinks(side, self._secret, self._loop)
@@ -253,6 +302,7 @@ class Worker:
 
     def _die(self) -> int:
         assert self._failure is not None
+        sys.stderr.flush()
         sys.stderr.write(f"{self._name} died; this was the first error:\n")
         traceback.print_exception(self._failure, file=sys.stderr)
         sys.stderr.flush()

@@ -24,6 +24,7 @@ from jmemserve.engine.channel import Follower, Leader
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.replay import fingerprint, lead, run_follower
 from jmemserve.engine.report import ConsoleReport
+from jmemserve.engine.single import instances
 from jmemserve.kvpool.store import PageStore
 from jmemserve.types import Event, Request, SamplingParams
 
@@ -79,7 +80,7 @@ def make_tokens(tokens: Tokens) -> dict:
     out["warm"], out["shaped"] = tokens.generate(first, WARM), tokens.generate(first, SHAPED)
     out["many"], out["many again"] = tokens.generate(many, GREEDY), tokens.generate(many, GREEDY)
     out["long"] = tokens.generate(many[:3], LONG)  # together they need more than there is
-    instance = tokens.cluster._instances["colocated0"]
+    instance = instances(tokens.cluster)["colocated0"]
     answer: Future[list[int]] = Future()
     instance.post(lambda: answer.set_result(move_parts(instance.runner.store)))
     out["parts"] = answer.result(30)
@@ -137,7 +138,7 @@ def main(process: int, num: int, port: int, devices: int, mode: str, engine: dic
     tokens = Tokens(spec)
     tokens.cluster.start()
     if leader is not None:
-        lead(tokens.cluster._instances["colocated0"].runner, leader)
+        lead(instances(tokens.cluster)["colocated0"].runner, leader)
     if mode == "speed":
         print(json.dumps({"ms": 1e3 * measure(tokens)}), flush=True)
         stop.set()
