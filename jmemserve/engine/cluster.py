@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 from jmemserve.config import ClusterSpec, Role
+from jmemserve.engine.checks import check_request
 from jmemserve.engine.report import Report
-from jmemserve.errors import InvalidRequest, JmemserveError, Unavailable, UnknownRequest
+from jmemserve.errors import JmemserveError, Unavailable, UnknownRequest
 from jmemserve.scheduler.gateway import Gateway
 from jmemserve.scheduler.membership import Change, Membership, Record
 from jmemserve.scheduler.messages import (
@@ -38,19 +39,16 @@ from jmemserve.scheduler.messages import (
 )
 from jmemserve.scheduler.router import Router
 from jmemserve.types import (
-    MAX_STOP_IDS,
     ClusterReport,
     Event,
     FinishReason,
     InstanceLoad,
-    MemberReport,
     PoolReport,
     Request,
 )
 
 TICK_S = 0.05
 POOLS_S = 5.0  # a report that takes longer is given up
-START_S = 300.0  # for linking and probing the instances of this process
 
 
 class Port(Protocol):
@@ -168,7 +166,7 @@ class Cluster:
         Raises InvalidRequest, DuplicateRequest, Overloaded (too many requests wait for their first token), or
         Unavailable (not started, draining, failed).
         """
-        self._check(request)
+        check_request(request, self.vocab_size, self.max_model_len)
         now = time.monotonic()
         with self._lock:
             # Later outputs of a call that was accepted are no new work: neither a drain nor the queue refuses them.
@@ -226,23 +224,7 @@ class Cluster:
         now = time.monotonic()
         with self._lock:
             self._beat(now)
-            records = [*self._membership.gone, *self._membership.records.values()]
-            members = tuple(
-                MemberReport(
-                    record.name,
-                    record.role.value,
-                    record.state.value,
-                    record.epoch,
-                    record.place,
-                    record.address,
-                    since_s=now - record.since,
-                    heard_s=max(0.0, now - record.heard),
-                    reason=record.reason,
-                    load=record.load,
-                    peers=tuple(sorted(record.ways.items())),
-                )
-                for record in sorted(records, key=lambda record: record.alive)
-            )
+            members = self._membership.report(now)
             counts = self._gateway.counts
             return ClusterReport(members, len(self._gateway), counts.retries, counts.moves, counts.failed)
 
@@ -281,13 +263,7 @@ class Cluster:
             self._apply(self._membership.drain(name, now), now)
 
     def admit(
-        self,
-        name: str,
-        epoch: int,
-        role: Role,
-        facts: Sequence[tuple[str, str]],
-        port: Port,
-        place: str = "",
+        self, name: str, epoch: int, role: Role, facts: Sequence[tuple[str, str]], port: Port, place: str = ""
     ) -> str:
         """A new member, which loads from now on; its name (one is made if it has none). Raises Unavailable."""
         now = time.monotonic()
@@ -421,22 +397,3 @@ class Cluster:
                     if record.state is MemberState.DRAINING and not self._gateway.at(record.name):
                         self._ports[record.name].send(Leave())
             time.sleep(TICK_S)
-
-    def _check(self, request: Request) -> None:
-        vocabulary = self.vocab_size
-        request.params.check()
-        if not request.prompt:
-            raise InvalidRequest("the prompt is empty; give at least one token")
-        if (bad := next((t for t in request.prompt if not 0 <= t < vocabulary), None)) is not None:
-            raise InvalidRequest(f"token id {bad} is outside the model's vocabulary, 0 to {vocabulary - 1}")
-        if len(request.prompt) >= self.max_model_len:
-            raise InvalidRequest(
-                f"the prompt has {len(request.prompt)} tokens, but at most {self.max_model_len - 1} leave room for an "
-                f"answer (the server's --max-model-len is {self.max_model_len}); shorten it"
-            )
-        if len(request.stop_ids) > MAX_STOP_IDS:
-            raise InvalidRequest(
-                f"at most {MAX_STOP_IDS} stop token ids, with the model's own, not {len(request.stop_ids)}"
-            )
-        if (bad := next((t for t in request.stop_ids if not 0 <= t < vocabulary), None)) is not None:
-            raise InvalidRequest(f"stop token id {bad} is outside the model's vocabulary, 0 to {vocabulary - 1}")

@@ -7,24 +7,23 @@ last one are waited for. Everything that enqueues device work for this instance'
 """
 
 import functools
-import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 
 from jmemserve.config import InstanceSpec, Role, SwapPolicy
+from jmemserve.engine.aborts import Aborts
 from jmemserve.engine.build import Parts
-from jmemserve.engine.handover import pack_sequence, unpack_sequence
+from jmemserve.engine.mailbox import Mailbox
 from jmemserve.engine.messages import FromPeer, Stop
-from jmemserve.engine.pool_report import pool_report
+from jmemserve.engine.moves import Moves
+from jmemserve.engine.pool_report import load_report, pool_report
 from jmemserve.engine.probing import Prober
 from jmemserve.engine.returns import Returns
 from jmemserve.engine.runner import Flight
-from jmemserve.errors import PoolError, TransferError, Unavailable
 from jmemserve.kvpool import Swap
 from jmemserve.kvpool import transfer as tx
-from jmemserve.kvpool.node import PoolNode, Transfer
+from jmemserve.kvpool.node import PoolNode
 from jmemserve.scheduler.costs import CostMeter
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.messages import (
@@ -48,11 +47,6 @@ from jmemserve.types import Event, FinishReason, InstanceLoad, TokenLogprobs, Us
 
 IDLE_S = 0.05  # how often an idle instance looks at its deadlines
 TRANSFER_DEADLINE_S = 30.0
-MAX_REMEMBERED_ABORTS = 4096
-REMEMBER_ABORT_S = 60.0
-CALL_S = 30.0  # what is called on the instance's thread from another one is given up after so long
-
-Message = object  # one of scheduler.messages or engine.messages, or a function to call on the instance's thread
 
 
 class Instance:
@@ -70,7 +64,8 @@ class Instance:
         self.spec, self.role = spec, spec.role
         self.pool, self.runner = parts.pool, parts.runner
         self.scheduler = LocalScheduler(parts.pool, parts.shapes, self._leaves, self._retire)
-        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._mailbox = Mailbox(spec.name)
+        self.post, self.call = self._mailbox.post, self._mailbox.call
         self._send, self._say, self._on_failure = send, say, on_failure
         self.node = PoolNode(
             parts.pool,
@@ -88,13 +83,13 @@ class Instance:
         self.on_roster: Callable[[Roster], None] = lambda roster: None
         self.drop_link: Callable[[str], None] = lambda peer: None
         self._by_id: dict[str, Sequence] = {}
-        self._aborted: dict[str, tuple[float, FinishReason]] = {}  # ids that were not here when they were aborted
-        self._moving: dict[str, Sequence] = {}  # by transfer id
+        self._aborts = Aborts()
         self._steps = 0
         self._costs, self._landed = CostMeter(), 0.0
         self._swap_policy, self._caching, self._shapes_of = parts.swap, parts.caching, parts.shapes_of
         self.pool.caching = parts.caching.keeps(self.role)
         self.node.swapper.on_swapped_in = self._costs.swap
+        self._moves = Moves(spec.name, self.node, self.scheduler, self._gone)
         self._returns = Returns(self.node)
         self._prober = Prober(self.node, say, linked)
         self._leaving = self._was_ready = False
@@ -107,22 +102,6 @@ class Instance:
     def start(self) -> None:
         self._thread.start()
 
-    def call[T](self, function: Callable[[], T]) -> T:
-        """Call on the instance's thread and wait. Raises Unavailable if it does not come to it."""
-        answer: Future[T] = Future()
-
-        def work() -> None:
-            try:
-                answer.set_result(function())
-            except Exception as error:  # it belongs to the caller
-                answer.set_exception(error)
-
-        self.post(work)
-        try:
-            return answer.result(CALL_S)
-        except TimeoutError:
-            raise Unavailable(f"{self.spec.name} does not answer") from None
-
     @property
     def stalled_s(self) -> float:
         """Seconds since the thread came round last."""
@@ -132,36 +111,17 @@ class Instance:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def post(self, message: Message) -> None:
-        """Hand a message to the instance."""
-        self._inbox.put(message)
-
     def stop(self) -> None:
         """End the thread; sequences that are left are dropped without an event."""
-        self._inbox.put(Stop())
+        self.post(Stop())
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=60)
         self.node.close()
 
     def load(self) -> InstanceLoad:
         """A momentary view; the numbers may belong to two neighbouring moments."""
-        scheduler, stats = self.scheduler, self.pool.stats()
-        return InstanceLoad(
-            instance=self.spec.name,
-            role=self.role.value,
-            running=len(scheduler.running) + len(scheduler.loading),
-            waiting=len(scheduler.waiting),
-            leaving=len(scheduler.leaving),
-            free_blocks=stats.hbm.free,
-            cached_blocks=stats.hbm.cached,
-            held_blocks=stats.hbm.held + stats.dram.held,
-            total_blocks=stats.hbm.capacity,
-            prefix_hits=stats.hit_tokens,
-            prefix_queries=stats.query_tokens,
-            steps=self._steps,
-            preemptions=scheduler.preemptions,
-            compiles_after_warmup=self.compiles(),
-        )
+        counts = {"steps": self._steps, "compiles_after_warmup": self.compiles()}
+        return load_report(self.spec.name, self.role, self.scheduler, **counts)
 
     # -- the thread -------------------------------------------------------------------------------------------
 
@@ -185,17 +145,15 @@ class Instance:
 
     def _take_messages(self, wait: bool) -> bool:
         """Handle what has come in; False when it is time to end. An idle instance waits a moment for more."""
-        try:
-            message = self._inbox.get(timeout=IDLE_S) if wait else self._inbox.get_nowait()
-            while True:
-                if isinstance(message, Stop):
-                    return False
-                self._handle(message, time.monotonic())
-                message = self._inbox.get_nowait()
-        except queue.Empty:
-            return True
+        message = self._mailbox.take(IDLE_S if wait else 0)
+        while message is not None:
+            if isinstance(message, Stop):
+                return False
+            self._handle(message, time.monotonic())
+            message = self._mailbox.take(0)
+        return True
 
-    def _handle(self, message: Message, now: float) -> None:
+    def _handle(self, message: object, now: float) -> None:
         match message:
             case FromPeer():
                 self._on_peer(message.peer, message.message)
@@ -242,25 +200,23 @@ class Instance:
     def _abort(self, message: Abort, now: float) -> None:
         seq = self._by_id.get(message.request_id)
         if seq is None:
-            self._aborted[message.request_id] = now, message.reason
+            self._aborts.remember(message.request_id, message.reason, now)
             return
         self._end(seq, message.reason)
 
     def _was_aborted(self, seq: Sequence) -> bool:
         """Was a sequence that just came in aborted while it was on its way? Then it has ended."""
-        found = self._aborted.pop(seq.request.id, None)
-        if found is not None:
+        reason = self._aborts.take(seq.request.id)
+        if reason is not None:
             self._by_id[seq.request.id] = seq
-            self._end(seq, found[1])
-        return found is not None
+            self._end(seq, reason)
+        return reason is not None
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence from whatever state, giving back every block."""
         if reason is FinishReason.STOP and seq.state is State.RUNNING:
             self._retire(seq)
-        for transfer_id in [key for key, other in self._moving.items() if other is seq]:
-            del self._moving[transfer_id]
-            self.node.abort(transfer_id)
+        self._moves.give_up(seq)
         self.scheduler.finish(seq)
         self._finished(seq, reason)
 
@@ -289,11 +245,7 @@ class Instance:
         if self._leaving and not self._by_id and not self._returns:
             self._leaving = False
             self._say(Left())
-        while self._aborted:
-            oldest = next(iter(self._aborted))
-            if len(self._aborted) <= MAX_REMEMBERED_ABORTS and now - self._aborted[oldest][0] < REMEMBER_ABORT_S:
-                break
-            del self._aborted[oldest]
+        self._aborts.expire(now)
 
     # -- steps ------------------------------------------------------------------------------------------------
 
@@ -316,7 +268,7 @@ class Instance:
                 continue
             self._events.append(event)
             if seq.state is State.LEAVING:
-                self._hand_over(seq, now)
+                self._moves.hand_over(seq, seq.origin if self.role.decodes else self.spec.name, now)
 
     def _weigh(self, flight: Flight, now: float) -> None:
         """Learn what computing costs from steps that are mostly of prompts, and see if swapping is worth it."""
@@ -354,35 +306,8 @@ class Instance:
         if seq is not None and message.to != self.spec.name:
             seq.decode_hint, seq.moving = message.to, True
 
-    def _hand_over(self, seq: Sequence, now: float) -> None:
-        """Offer a sequence whose tokens are all computed but the last to the instance that is to decode it."""
-        assert seq.decode_hint is not None and seq.landed == len(seq.tokens) - 1, (seq.decode_hint, seq.landed)
-        seq.stamps.left = now
-        origin = seq.origin if self.role.decodes else self.spec.name
-        tokens, private = seq.tokens[: seq.landed], pack_sequence(seq, now, origin)
-        blocks = self.scheduler.hand_blocks_over(seq)
-        try:
-            moving = self.node.transfer_with_insert(
-                seq.decode_hint, tokens, blocks, flags=tx.Flags.CLAIM, private=private, salt=seq.request.salt
-            )
-        except PoolError:  # its link went down since the step was planned
-            self.scheduler.stay(seq)
-            return
-        finally:
-            self.pool.free_mem(blocks)  # the transfer holds them
-        self._moving[moving.transfer_id] = seq
-        moving.future.add_done_callback(lambda _: self._moved(moving))
-
-    def _moved(self, moving: Transfer) -> None:
-        """A move has ended. If it failed, this instance goes on: any instance can catch up any sequence."""
-        seq = self._moving.pop(moving.transfer_id, None)
-        if seq is None:
-            return  # it was aborted
-        if moving.future.exception() is None:
-            del self._by_id[seq.request.id]
-            self.scheduler.leave(seq)
-        else:
-            self.scheduler.stay(seq)
+    def _gone(self, seq: Sequence) -> None:
+        del self._by_id[seq.request.id]
 
     def _retire(self, seq: Sequence) -> None:
         """A sequence has ended well: what was made here may go back to where its prompt was computed."""
@@ -402,16 +327,10 @@ class Instance:
 
     def _adopt(self, arrived: tx.Arrived) -> None:
         """Every block is in place: go on with the sequence here."""
-        now = time.monotonic()
-        try:
-            seq = unpack_sequence(arrived.private, arrived.tokens or (), self.spec.name, now)
-        except TransferError:
-            self.pool.free_mem(arrived.blocks)
-            raise
+        seq = self._moves.take_in(arrived)
         if seq.request.id in self._by_id:  # it has come back before its former stay here was over
             self.pool.free_mem(arrived.blocks)
             return
-        seq.stamps.adopted = now
         self.scheduler.adopt(seq, list(arrived.blocks), len(arrived.tokens or ()))
         self._swap()
         if not self._was_aborted(seq):
@@ -444,12 +363,10 @@ class Instance:
         To be called on the instance's thread. Raises Unavailable while blocks are still being written.
         """
         for seq in list(self._by_id.values()):
-            for transfer_id in [key for key, other in self._moving.items() if other is seq]:
-                del self._moving[transfer_id]
-                self.node.abort(transfer_id)
+            self._moves.give_up(seq)
             self.scheduler.finish(seq)
         self._by_id.clear()
-        self._aborted.clear()
+        self._aborts.clear()
         self._events.clear()
         for peer in list(self.node.peers.names()):
             self._forget(peer)

@@ -1,12 +1,37 @@
-"""What a person sees of a pool."""
+"""What a person sees of an instance and its pool."""
 
 import dataclasses
 import time
 
+from jmemserve.config import Role
 from jmemserve.kvpool.node import PoolNode
-from jmemserve.types import MediumReport, PoolReport
+from jmemserve.scheduler.local import LocalScheduler
+from jmemserve.types import InstanceLoad, MediumReport, PoolReport
 
 OLDEST = 5  # prefixes shown
+
+
+def load_report(
+    name: str, role: Role, scheduler: LocalScheduler, steps: int, compiles_after_warmup: int
+) -> InstanceLoad:
+    """A momentary view, from any thread."""
+    stats = scheduler.pool.stats()
+    return InstanceLoad(
+        instance=name,
+        role=role.value,
+        running=len(scheduler.running) + len(scheduler.loading),
+        waiting=len(scheduler.waiting),
+        leaving=len(scheduler.leaving),
+        free_blocks=stats.hbm.free,
+        cached_blocks=stats.hbm.cached,
+        held_blocks=stats.hbm.held + stats.dram.held,
+        total_blocks=stats.hbm.capacity,
+        prefix_hits=stats.hit_tokens,
+        prefix_queries=stats.query_tokens,
+        steps=steps,
+        preemptions=scheduler.preemptions,
+        compiles_after_warmup=compiles_after_warmup,
+    )
 
 
 def pool_report(node: PoolNode) -> PoolReport:

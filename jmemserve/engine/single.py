@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from jmemserve.config import InstanceSpec
 from jmemserve.engine.build import build, check_host_memory, model_facts, model_folder, read_model_config
-from jmemserve.engine.cluster import START_S, Cluster
+from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
 from jmemserve.engine.instance import Instance
 from jmemserve.engine.links import Exchange, LocalLinks, Side
@@ -17,6 +17,8 @@ from jmemserve.engine.selftest import check_arithmetic
 from jmemserve.errors import Unavailable
 from jmemserve.kvpool.transports.local import LocalExchange
 from jmemserve.scheduler.messages import Beat, FromInstance, MemberState, ToInstance
+
+START_S = 300.0  # for linking and probing
 
 
 class LocalPort:

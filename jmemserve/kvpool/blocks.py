@@ -22,7 +22,7 @@ from jmemserve.kvpool.lease import Match
 from jmemserve.kvpool.ledger import Ledger
 from jmemserve.kvpool.references import References
 from jmemserve.kvpool.runs import DRAM, HBM, pack
-from jmemserve.kvpool.stats import MediumStats, PoolStats
+from jmemserve.kvpool.stats import Lookups, PoolStats
 from jmemserve.kvpool.swaps import Swaps
 
 Tokens = Sequence[int] | np.ndarray
@@ -64,7 +64,7 @@ class BlockPool:
         self._refs = References(self._ledgers, self._index)
         self._owners = self._refs.owners
         self.swaps = Swaps(self._ledgers, self._index, self._refs)
-        self._hit_tokens = self._dram_hit_tokens = self._query_tokens = self._evictions = 0
+        self._lookups, self._evictions = Lookups(), 0
         self.forgotten_subtrees = 0  # prefixes lost with all that continued them, since that was held
 
     # -- asking ------------------------------------------------------------------------------------------------------
@@ -98,19 +98,7 @@ class BlockPool:
 
     def stats(self) -> PoolStats:
         """Counts for load reports and metrics."""
-        hbm, dram = (MediumStats(x.num_free, x.num_held, x.num_cached, x.capacity) for x in self._ledgers)
-        return PoolStats(
-            hbm,
-            dram,
-            hit_tokens=self._hit_tokens,
-            dram_hit_tokens=self._dram_hit_tokens,
-            query_tokens=self._query_tokens,
-            evictions=self._evictions,
-            swapped_out=self.swaps.swapped_out,
-            swapped_in=self.swaps.swapped_in,
-            prefix_blocks=self._index.num_blocks,
-            runs=self._index.num_nodes,
-        )
+        return self._lookups.stats(self._ledgers, self._index, self.swaps, self._evictions)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.instance}: {self.stats().describe()}>"
@@ -228,11 +216,10 @@ class BlockPool:
         else from DRAM (paper 4.2).
         """
         found = self.hold(tokens, salt, (len(tokens) - 1) // self.block_size, adapter)
-        self._query_tokens += len(tokens)
-        self._hit_tokens += found.num_tokens
+        in_dram = 0
         if self._ledgers[DRAM].capacity:
             in_dram = sum(address.medium is DRAM for address in found.addresses)
-            self._dram_hit_tokens += in_dram * self.block_size
+        self._lookups.count(len(tokens), found.num_tokens, in_dram * self.block_size)
         return found
 
     def hold(self, tokens: Tokens, salt: str, limit: int, adapter: str = "") -> Match:

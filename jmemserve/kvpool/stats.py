@@ -1,6 +1,11 @@
 """Numbers about a pool, for load reports, metrics and people."""
 
 import dataclasses
+from collections.abc import Sequence
+
+from jmemserve.kvpool.index import TokenIndex
+from jmemserve.kvpool.ledger import Ledger
+from jmemserve.kvpool.swaps import Swaps
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,6 +43,35 @@ class PoolStats:
                 parts.append(f"{name} {used:.0f}% of {medium.capacity} ({counts})")
         hits = f"{100 * self.hit_tokens / self.query_tokens:.0f}% hits" if self.query_tokens else "no look-ups yet"
         return f"{', '.join(parts)}; {hits}"
+
+
+@dataclasses.dataclass(slots=True)
+class Lookups:
+    """What ``match`` was asked and what it found, in tokens."""
+
+    query_tokens: int = 0
+    hit_tokens: int = 0
+    dram_hit_tokens: int = 0
+
+    def count(self, asked: int, found: int, in_dram: int) -> None:
+        """One look-up."""
+        self.query_tokens += asked
+        self.hit_tokens += found
+        self.dram_hit_tokens += in_dram
+
+    def stats(self, ledgers: Sequence[Ledger], index: TokenIndex, swaps: Swaps, evictions: int) -> PoolStats:
+        """All counts of a pool."""
+        hbm, dram = (MediumStats(x.num_free, x.num_held, x.num_cached, x.capacity) for x in ledgers)
+        return PoolStats(
+            hbm,
+            dram,
+            **dataclasses.asdict(self),
+            evictions=evictions,
+            swapped_out=swaps.swapped_out,
+            swapped_in=swaps.swapped_in,
+            prefix_blocks=index.num_blocks,
+            runs=index.num_nodes,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from jmemserve.config import Role
 from jmemserve.errors import Unavailable
 from jmemserve.scheduler.messages import Beat, Member, MemberState, Probe, Probed, Ready, Roster
-from jmemserve.types import InstanceLoad
+from jmemserve.types import InstanceLoad, MemberReport
 
 SILENCE_S = 10.0  # without a Beat an instance is dead
 STALL_S = 300.0  # an instance whose thread is stuck for so long is dead although it beats
@@ -86,6 +86,26 @@ class Membership:
         """What the instances are told."""
         members = (record.member() for record in self.records.values() if record.state in _LINKED)
         return Roster(self.version, tuple(members))
+
+    def report(self, now: float) -> tuple[MemberReport, ...]:
+        """For people: those that are gone first."""
+        records = [*self.gone, *self.records.values()]
+        return tuple(
+            MemberReport(
+                record.name,
+                record.role.value,
+                record.state.value,
+                record.epoch,
+                record.place,
+                record.address,
+                since_s=now - record.since,
+                heard_s=max(0.0, now - record.heard),
+                reason=record.reason,
+                load=record.load,
+                peers=tuple(sorted(record.ways.items())),
+            )
+            for record in sorted(records, key=lambda record: record.alive)
+        )
 
     def free_name(self, role: Role) -> str:
         """The first unused name of this kind: prefill0, prefill1 ..."""

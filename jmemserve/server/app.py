@@ -46,8 +46,9 @@ async def run(config: ServeConfig, report: Report) -> int:
     stop = catch_signals()
     port = await server.start(config.host, config.port)
     address = _address(config.host, port)
-    what = "waits for instances of" if config.role is ProcessRole.FRONTEND else "loads"
-    report.line(f"jmemserve listens on {address} and {what} {config.served_model_name!r} on {config.mesh}")
+    lonely = config.role is ProcessRole.FRONTEND
+    what, where = ("waits for instances of", "") if lonely else ("loads", f" on {config.mesh}")
+    report.line(f"jmemserve listens on {address} and {what} {config.served_model_name!r}{where}")
     if not config.is_loopback:
         report.line(f"warning: other machines can reach {config.host}, and there is no TLS and no login")
     supervisor: Supervisor | None = None
