@@ -285,8 +285,7 @@ class Cluster:
                 case News():
                     self._flush(self._gateway.news(name, message.events, now))
                 case Beat():
-                    self._membership.beat(name, message, now)
-                    self._apply(self._membership.set_role(name, Role(message.load.role)), now)
+                    self._apply(self._membership.beat(name, message, now), now)
                 case Ready():
                     try:
                         self._apply(self._membership.ready(name, message, now), now)
@@ -381,10 +380,10 @@ class Cluster:
         self._changed.notify_all()
 
     def _beat(self, now: float) -> None:
-        for name, port in self._ports.items():
+        for name, port in list(self._ports.items()):
             beat = port.beat()
             if beat is not None:
-                self._membership.beat(name, beat, now)
+                self._apply(self._membership.beat(name, beat, now), now)
 
     def _tick(self) -> None:
         while not self._stopped:

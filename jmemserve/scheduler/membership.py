@@ -159,16 +159,12 @@ class Membership:
             changes += self._settle(record, now)
         return changes
 
-    def beat(self, name: str, message: Beat, now: float) -> None:
-        """A sign of life."""
+    def beat(self, name: str, message: Beat, now: float) -> list[Change]:
+        """A sign of life, and perhaps another role."""
         record = self.records[name]
-        record.load = message.load
+        record.load, role = message.load, Role(message.load.role)
         if message.stalled_s < self._stall_s:
             record.heard = now
-
-    def set_role(self, name: str, role: Role) -> list[Change]:
-        """The instance prefers something else."""
-        record = self.records[name]
         if record.role is role:
             return []
         record.role = role
