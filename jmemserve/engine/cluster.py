@@ -104,8 +104,9 @@ class Cluster:
         self._closers.append(start_instances(self, self._report))
         self.open()
 
-    def listen(self) -> None:
-        """Take members from other processes; ``open`` when enough are ready."""
+    def listen(self, folder: Path, vocab_size: int) -> None:
+        """Take members from other processes, of the model in ``folder``; ``open`` when enough are ready."""
+        self.folder, self.vocab_size, self.expects_more = folder, vocab_size, True
         self._ticker.start()
 
     def open(self) -> None:

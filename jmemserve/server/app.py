@@ -53,12 +53,11 @@ async def run(config: ServeConfig, report: Report) -> int:
         report.line(f"warning: other machines can reach {config.host}, and there is no TLS and no login")
     supervisor: Supervisor | None = None
     try:
-        model_text = _load_files(config, cluster)
+        model_text = _load_text(config)
         if alone:
             await _start_here(cluster, stop)
         else:
-            cluster.expects_more = True
-            cluster.listen()
+            cluster.listen(model_folder(config.cluster.engine), read_model_config(config.cluster.engine).vocab_size)
             if supervised:
                 supervisor = Supervisor(config, report, _address(_callable(config.host), port), secret)
                 supervisor.start()
@@ -89,12 +88,11 @@ async def run(config: ServeConfig, report: Report) -> int:
     return 0
 
 
-def _load_files(config: ServeConfig, cluster: Cluster) -> Text | None:
+def _load_text(config: ServeConfig) -> Text | None:
     """The tokenizer; whatever is wrong with the model's small files is said before the long work."""
     folder = model_folder(config.cluster.engine)
     text = load_text(folder)
     eos_ids(folder, text)
-    cluster.folder, cluster.vocab_size = folder, read_model_config(config.cluster.engine).vocab_size
     return text
 
 

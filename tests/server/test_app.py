@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import small_text
@@ -35,7 +34,7 @@ class StartedCluster(FakeCluster):
     def __init__(self, spec: ClusterSpec, report: Report, on_events: Callable[[list[Event]], None]):
         super().__init__(on_events, count_up)
         self.on_failure: Callable[[BaseException], None] = lambda failure: None
-        self.model_config = SimpleNamespace(vocab_size=VOCAB)
+        self.vocab_size = VOCAB
         self.max_model_len = MAX_LEN
         self.made.append(self)
 

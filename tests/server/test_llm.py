@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import small_text
@@ -26,7 +25,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[l
     class Cluster(FakeCluster):
         failure = None
         folder = tmp_path
-        model_config = SimpleNamespace(vocab_size=VOCAB)
+        vocab_size = VOCAB
         max_model_len = MAX_LEN
 
         def __init__(self, spec: ClusterSpec, report: Report, on_events: Callable[[list[Event]], None]):
