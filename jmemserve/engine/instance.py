@@ -21,6 +21,7 @@ from jmemserve.engine.pool_report import load_report, pool_report
 from jmemserve.engine.probing import Prober
 from jmemserve.engine.returns import Returns
 from jmemserve.engine.runner import Flight
+from jmemserve.errors import TransferError
 from jmemserve.kvpool import Swap
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.node import PoolNode
@@ -92,6 +93,7 @@ class Instance:
         self._moves = Moves(spec.name, self.node, self.scheduler, self._gone)
         self._returns = Returns(self.node)
         self._prober = Prober(self.node, say, linked)
+        self._epochs: dict[str, int] = {}  # of the roster's members
         self._leaving = self._was_ready = False
         self._events: list[Event] = []
         self._turned = time.monotonic()
@@ -338,9 +340,15 @@ class Instance:
 
     # -- the cluster ------------------------------------------------------------------------------------------
 
+    def greet(self, hello: tx.Hello) -> str:
+        """Link up with a member in the life that the newest roster knows; its name. Raises TransferError."""
+        if self._epochs.get(hello.instance) != hello.epoch:
+            raise TransferError(f"{hello.instance} in epoch {hello.epoch} is not in {self.spec.name}'s roster")
+        return self.node.greet(hello).name
+
     def _on_roster(self, roster: Roster) -> None:
         """Who is there: what those have here that are not, or not in the same life, is freed (paper section 4.4)."""
-        epochs = {member.name: member.epoch for member in roster.members}
+        epochs = self._epochs = {member.name: member.epoch for member in roster.members}
         for peer in self.node.peers.names():
             known = self.node.peers.known(peer)
             if known is not None and epochs.get(peer, known.epoch + 1) > known.epoch:
@@ -370,6 +378,7 @@ class Instance:
         self._events.clear()
         for peer in list(self.node.peers.names()):
             self._forget(peer)
+        self._epochs = {}
         self._was_ready = self._leaving = False
         self.pool.begin_life(epoch)
 

@@ -5,8 +5,8 @@ the younger of two instances dials, and dials again if the link breaks.
 """
 
 import threading
-import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from jmemserve.engine.messages import FromPeer
@@ -14,7 +14,8 @@ from jmemserve.errors import JmemserveError, TransferError
 from jmemserve.kvpool import transfer as tx
 from jmemserve.scheduler.messages import Member, Roster
 
-AGAIN_S = 0.5
+AGAIN_S = 0.1
+DIALS = 8  # at once
 
 
 class Side(Protocol):
@@ -24,6 +25,10 @@ class Side(Protocol):
 
     def accept(self, hello: tx.Hello) -> str:
         """Link up with whoever said this; its name. Raises TransferError with the reason why not."""
+        ...
+
+    def knows(self, peer: str) -> bool:
+        """Is the peer that was accepted still one? To be asked once its link can be dropped."""
         ...
 
     def on_message(self, message: FromPeer) -> None: ...
@@ -80,6 +85,9 @@ class LocalLinks:
         peer = self._side.accept(other._side.hello())
         other._side.accept(self._side.hello())
         self._peers[peer], other._peers[self._name] = other, self
+        if not (self._side.knows(peer) and other._side.knows(self._name)):
+            self.drop(peer)
+            raise TransferError(f"{peer} was given up while it linked up")
         return peer
 
     def send(self, peer: str, message: tx.Message) -> None:
@@ -111,6 +119,8 @@ class Neighbours:
         self._roster: Roster | None = None
         self._stopped = False
         self._epochs: dict[str, int] = {}  # of the life that each link was made with
+        self._dialling: set[str] = set()
+        self._dialers = ThreadPoolExecutor(DIALS, f"{name}-dial")
         self._thread = threading.Thread(target=self._run, name=f"{name}-links", daemon=True)
         self._thread.start()
 
@@ -135,6 +145,7 @@ class Neighbours:
             self._changed.notify()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
+        self._dialers.shutdown(wait=False, cancel_futures=True)
         self._links.close()
 
     def _run(self) -> None:
@@ -158,12 +169,18 @@ class Neighbours:
                 self._epochs.pop(peer, None)
         up = set(self._links.peers())
         for name, member in wanted.items():
-            if name not in up and self._dials(member):
-                try:
-                    self._links.connect(member.address)
-                    self._epochs[name] = member.epoch
-                except JmemserveError:
-                    time.sleep(0.01)  # it may come up yet; the roster says so if it will not
+            if name not in up and name not in self._dialling and self._dials(member):
+                self._dialling.add(name)  # on a thread of its own: one that hangs must not keep others waiting
+                self._dialers.submit(self._dial, member)
+
+    def _dial(self, member: Member) -> None:
+        try:
+            self._links.connect(member.address)
+            self._epochs[member.name] = member.epoch
+        except JmemserveError:
+            pass  # it may come up yet; the roster says so if it will not
+        finally:
+            self._dialling.discard(member.name)
 
     def _dials(self, other: Member) -> bool:
         return (self._epoch(), self._name) > (other.epoch, other.name)

@@ -48,9 +48,15 @@ class Host:
         if not self.instance.alive:
             raise TransferError(f"{self.instance.spec.name} is dead")
         try:
-            return self.instance.call(lambda: self.instance.node.greet(hello)).name
+            return self.instance.call(lambda: self.instance.greet(hello))
         except Unavailable as error:
             raise TransferError(str(error)) from error
+
+    def knows(self, peer: str) -> bool:
+        try:
+            return self.instance.call(lambda: self.instance.node.peers.known(peer) is not None)
+        except Unavailable:
+            return False
 
     def on_message(self, message: FromPeer) -> None:
         self.instance.post(message)

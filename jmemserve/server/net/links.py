@@ -10,6 +10,7 @@ messages                  ◀──▶ the transfer protocol's
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
 from typing import Any
 
 import grpc.aio
@@ -64,7 +65,10 @@ class GrpcLinks:
         return port
 
     def connect(self, address: str) -> str:
-        return self._wait(self._connect(address))
+        try:
+            return self._wait(self._connect(address))
+        except (TimeoutError, CancelledError) as error:
+            raise TransferError(f"no link to {address}: {error or 'no answer'}") from error
 
     async def _connect(self, address: str) -> str:
         channel = grpc.aio.insecure_channel(address, options=OPTIONS)
@@ -130,9 +134,11 @@ class GrpcLinks:
             old, self._streams[peer] = self._streams.get(peer), stream
         if old is not None:
             old.end()
-        if up is not None and not up.done():
-            up.set_result(peer)
         try:
+            if not await self._off_loop(lambda: self._side.knows(peer)):
+                raise TransferError(f"{peer} was given up while it linked up")
+            if up is not None and not up.done():
+                up.set_result(peer)
             async for raw in stream.messages():
                 try:
                     message = BETWEEN_PEERS.decode(raw)
