@@ -267,7 +267,7 @@ class Instance:
                 self._finished(seq, finish, token=event)
                 continue
             self._events.append(event)
-            if seq.state is State.LEAVING:
+            if seq.state is State.LEAVING and not seq.promised:  # else the step that it leaves after is in the air
                 self._moves.hand_over(seq, seq.origin if self.role.decodes else self.spec.name, now)
 
     def _weigh(self, flight: Flight, now: float) -> None:
