@@ -303,8 +303,8 @@ class Instance:
 
     def _move(self, message: Move) -> None:
         seq = self._by_id.get(message.request_id)
-        if seq is not None and message.to != self.spec.name:
-            seq.decode_hint, seq.moving = message.to, True
+        if seq is not None:
+            seq.decode_hint, seq.moving = message.to, message.to != self.spec.name
 
     def _gone(self, seq: Sequence) -> None:
         del self._by_id[seq.request.id]

@@ -113,7 +113,7 @@ class Gateway:
         if not ticket.homes:
             return [self._end(ticket, reason, now)]
         ticket.ending = reason
-        self.outbox += [(home, Abort(inner, reason)) for home in ticket.homes]
+        self.outbox += [(home, Abort(inner, reason)) for home in dict.fromkeys(ticket.homes)]
         return []
 
     def news(self, instance: str, events: Iterable[Event], now: float) -> list[Event]:
@@ -169,7 +169,7 @@ class Gateway:
         self.router.remove(instance)
         out = []
         for ticket in [ticket for ticket in self._tickets.values() if instance in ticket.homes]:
-            for home in ticket.homes:
+            for home in dict.fromkeys(ticket.homes):
                 if home != instance:
                     self.outbox.append((home, Abort(ticket.request.id, FinishReason.ABORT)))
             if ticket.ending is not None:
@@ -211,10 +211,14 @@ class Gateway:
                 self._move(ticket, target, now)
 
     def _move(self, ticket: _Ticket, target: str, now: float) -> str:
-        """It is at one of its homes, and which is not known here: all are told, and the one that has it obeys."""
+        """It is at one of its homes, and which is not known here: all are told, and the one that has it obeys.
+
+        A home may come twice: where it is to go it may be now, and leave on an older wish before it comes back.
+        """
         ticket.asked = now
-        self.outbox += [(home, Move(ticket.request.id, target)) for home in ticket.homes if home != target]
-        ticket.homes = (*(home for home in ticket.homes if home != target), target)
+        self.outbox += [(home, Move(ticket.request.id, target)) for home in dict.fromkeys(ticket.homes)]
+        if target != ticket.homes[-1]:
+            ticket.homes = (*ticket.homes, target)
         self.counts = dataclasses.replace(self.counts, moves=self.counts.moves + 1)
         return target
 
