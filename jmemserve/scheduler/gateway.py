@@ -120,16 +120,22 @@ class Gateway:
         """Take an instance's events; returns what is new, in order, under the caller's ids."""
         out: list[Event] = []
         late = doubled = 0
+        unwanted: dict[str, None] = {}  # attempts that are over, but not there: a twin, whose hand-over came unheard
         for event in events:
             ticket = self._tickets.get(event.request_id)
             if ticket is None:
                 late += 1
+                if event.finish is None:
+                    unwanted[event.request_id] = None
+                else:
+                    unwanted.pop(event.request_id, None)
                 continue
             doubled += max(0, min(len(ticket.generated) - event.start, len(event.tokens)))
             if event.start not in ticket.early or event.finish is not None:
                 ticket.early[event.start] = instance, event
             while (following := self._next(ticket)) is not None:
                 out.append(self._deliver(ticket, *following, now))
+        self.outbox += [(instance, Abort(request_id, FinishReason.ABORT)) for request_id in unwanted]
         if late or doubled:
             self.counts = dataclasses.replace(
                 self.counts, late=self.counts.late + late, doubled=self.counts.doubled + doubled
