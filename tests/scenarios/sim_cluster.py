@@ -1,12 +1,13 @@
 """Processes of a cluster in virtual time, on one thread: a real instance on simulated links and devices.
 
-Every process takes a turn per step: what has come by its links goes into the inbox, then the body of the instance's loop
-runs once. A link is two lines; a line keeps its order and may lose, double, swap or delay what it carries.
+Every process takes a turn per step: what has come by its links goes into the inbox, then the body of the instance's
+loop runs once. A link is two lines; a line keeps its order, but may lose, double, swap or delay what it carries.
 """
 
 import dataclasses
 import random
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sim_device import Model, Pages, WireTransport
@@ -104,6 +105,10 @@ class Link:
             self.lines[target.name] = Line(weather, world.rng)
 
 
+def _call[T](function: Callable[[], T]) -> T:
+    return function()
+
+
 class SimLinks:
     """``engine.links.Links`` of a process."""
 
@@ -161,8 +166,7 @@ class Process:
         self.renewing = False
         self.host = self._build(role)
         self.instance = self.host.instance
-        direct: Any = lambda function: function()
-        self.instance.call = direct
+        self.instance.call = _call  # there is one thread
         self.join()
 
     def _build(self, role: Role) -> Host:

@@ -77,7 +77,7 @@ class Clock:
 
 
 class Threads:
-    """Stands in for the module ``threading``: what an instance runs beside itself runs at once, loops are not started."""
+    """Stands in for the module ``threading``: what an instance runs beside itself runs at once; no loop starts."""
 
     Condition = threading.Condition
 

@@ -131,7 +131,7 @@ class _Story:
         for name in self._one(self._ready()):
             role = self.rng.choice(list(Role))
             self.said.append(f"  {name} {role}")
-            self._try(lambda: self.world.cluster.set_role(name, role))
+            self.world.cluster.set_role(name, role)
 
     def drain(self) -> None:
         if len(ready := self._ready()) > 1:

@@ -28,7 +28,7 @@ CONDITION = state NAME STATE            of a member: loading joining ready drain
           | output ID correct           it ended by itself, with exactly the right tokens
           | finish ID REASON            stop length abort deadline error
           | error ID WORD ...           the error's sentence has these words
-          | at ID NAME STATE            where it is; as a sequence: waiting loading running leaving; or: at ID nowhere
+          | at ID NAME STATE            where it is: waiting loading running leaving; or: at ID nowhere
           | parked ID                   no instance has it
           | hit ID OP N                 tokens of its prompt that were found in a cache
           | cached NAME ID OP N         tokens of all its text but the last that NAME could find
