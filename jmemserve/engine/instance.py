@@ -269,7 +269,7 @@ class Instance:
                 self._finished(seq, finish, token=event)
                 continue
             self._events.append(event)
-            if seq.state is State.LEAVING:
+            if seq.state is State.LEAVING and not seq.promised:  # else the step that it leaves after is in the air
                 self._moves.hand_over(seq, seq.origin if self.role.decodes else self.spec.name, now)
 
     def _weigh(self, flight: Flight, now: float) -> None:
@@ -305,8 +305,8 @@ class Instance:
 
     def _move(self, message: Move) -> None:
         seq = self._by_id.get(message.request_id)
-        if seq is not None and message.to != self.spec.name:
-            seq.decode_hint, seq.moving = message.to, True
+        if seq is not None:
+            seq.decode_hint, seq.moving = message.to, message.to != self.spec.name
 
     def _gone(self, seq: Sequence) -> None:
         del self._by_id[seq.request.id]

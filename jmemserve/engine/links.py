@@ -98,8 +98,11 @@ class LocalLinks:
 
     def drop(self, peer: str) -> None:
         other = self._peers.pop(peer, None)
-        if other is not None and other._peers.pop(self._name, None) is not None:
+        if other is None:
+            return
+        if other._peers.pop(self._name, None) is not None:
             other._side.on_down(self._name)
+        self._side.on_down(peer)  # what was sent and not yet read is lost for this side too
 
     def peers(self) -> list[str]:
         return list(self._peers)
@@ -163,6 +166,8 @@ class Neighbours:
 
     def _arrange(self, roster: Roster) -> None:
         wanted = {member.name: member for member in roster.members if member.name != self._name and member.address}
+        for lost in self._epochs.keys() - set(self._links.peers()):
+            del self._epochs[lost]  # whoever makes that link anew, the life of the old one does not matter
         for peer in self._links.peers():
             if peer not in wanted or self._epochs.get(peer, wanted[peer].epoch) != wanted[peer].epoch:
                 self._links.drop(peer)

@@ -113,23 +113,29 @@ class Gateway:
         if not ticket.homes:
             return [self._end(ticket, reason, now)]
         ticket.ending = reason
-        self.outbox += [(home, Abort(inner, reason)) for home in ticket.homes]
+        self.outbox += [(home, Abort(inner, reason)) for home in dict.fromkeys(ticket.homes)]
         return []
 
     def news(self, instance: str, events: Iterable[Event], now: float) -> list[Event]:
         """Take an instance's events; returns what is new, in order, under the caller's ids."""
         out: list[Event] = []
         late = doubled = 0
+        unwanted: dict[str, None] = {}  # attempts that are over, but not there: a twin, whose hand-over came unheard
         for event in events:
             ticket = self._tickets.get(event.request_id)
             if ticket is None:
                 late += 1
+                if event.finish is None:
+                    unwanted[event.request_id] = None
+                else:
+                    unwanted.pop(event.request_id, None)
                 continue
             doubled += max(0, min(len(ticket.generated) - event.start, len(event.tokens)))
             if event.start not in ticket.early or event.finish is not None:
                 ticket.early[event.start] = instance, event
             while (following := self._next(ticket)) is not None:
                 out.append(self._deliver(ticket, *following, now))
+        self.outbox += [(instance, Abort(request_id, FinishReason.ABORT)) for request_id in unwanted]
         if late or doubled:
             self.counts = dataclasses.replace(
                 self.counts, late=self.counts.late + late, doubled=self.counts.doubled + doubled
@@ -169,7 +175,7 @@ class Gateway:
         self.router.remove(instance)
         out = []
         for ticket in [ticket for ticket in self._tickets.values() if instance in ticket.homes]:
-            for home in ticket.homes:
+            for home in dict.fromkeys(ticket.homes):
                 if home != instance:
                     self.outbox.append((home, Abort(ticket.request.id, FinishReason.ABORT)))
             if ticket.ending is not None:
@@ -211,10 +217,14 @@ class Gateway:
                 self._move(ticket, target, now)
 
     def _move(self, ticket: _Ticket, target: str, now: float) -> str:
-        """It is at one of its homes, and which is not known here: all are told, and the one that has it obeys."""
+        """It is at one of its homes, and which is not known here: all are told, and the one that has it obeys.
+
+        A home may come twice: where it is to go it may be now, and leave on an older wish before it comes back.
+        """
         ticket.asked = now
-        self.outbox += [(home, Move(ticket.request.id, target)) for home in ticket.homes if home != target]
-        ticket.homes = (*(home for home in ticket.homes if home != target), target)
+        self.outbox += [(home, Move(ticket.request.id, target)) for home in dict.fromkeys(ticket.homes)]
+        if target != ticket.homes[-1]:
+            ticket.homes = (*ticket.homes, target)
         self.counts = dataclasses.replace(self.counts, moves=self.counts.moves + 1)
         return target
 

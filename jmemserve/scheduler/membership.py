@@ -226,8 +226,10 @@ class Membership:
     def _probe_next(self) -> None:
         """One probe after the other: two at once might not find room where all is small."""
         pairs = [pair for r in self.records.values() if r.state is MemberState.JOINING for pair in sorted(r.probes)]
-        if pairs and self._asked not in pairs:
-            self._asked = pairs[0]
+        if self._asked in pairs:
+            return
+        self._asked = pairs[0] if pairs else None  # forgotten when it is over: another life may be asked the same
+        if pairs:
             self.outbox.append((pairs[0][0], Probe(pairs[0][1], not self.serving)))
 
     def _unprobe(self, name: str, now: float) -> list[Change]:

@@ -658,6 +658,45 @@ def test_a_sign_of_life_renews_the_peers_own_transfers_only():
     d.check_quiet()
 
 
+@pytest.mark.parametrize("lost", ["Accept", "Data", "Landed", "Close"])
+def test_two_sides_that_wait_for_each_other_do_not_keep_a_transfer_alive(lost):
+    p, d = sides()
+    air: list[tuple] = [(d, p.offer([*range(12)], now=0.0))]
+    while air:
+        side, message = air.pop(0)
+        if type(message).__name__ != lost:
+            air += [(p if side is d else d, answer) for answer in side.handle(message, 0.0)]
+    waits = len(p.sender), len(d.receiver)
+    for now in range(1, int(3 * TIMEOUT_S)):
+        d.receiver.renew(tuple(p.sender.at_work(now).get("d", ())), "p", now)
+        p.sender.renew(tuple(d.receiver.at_work(now).get("p", ())), "d", now)
+        for send in p.sender.expire(now):
+            d.handle(send.message, now)
+        for send in d.receiver.expire(now):
+            p.handle(send.message, now)
+    assert waits != (0, 0) or lost == "Landed"
+    p.check_quiet()
+    d.check_quiet()
+
+
+def test_who_is_at_work_keeps_a_transfer_alive():
+    p, d = sides()
+    d.slow = True
+    offer = p.offer([*range(12)], ready=1, private=None)
+    [data] = p.handle(d.handle(offer, 0.0)[0], 0.0)
+    d.handle(data, 0.0)
+    assert p.sender.at_work(1.0) == {}  # the destination writes
+    assert d.receiver.at_work(1.0) == {"p": [offer.transfer_id]}
+    assert p.handle(d.land(d.writing.pop(), 1.0)[0], 1.0) == []
+    assert d.receiver.at_work(2.0) == {}
+    assert p.sender.at_work(2.0) == {"d": [offer.transfer_id]}  # the other blocks are being computed
+    assert p.sender.expire(1.0 + TIMEOUT_S) == [] and p.sender.has(offer.transfer_id)
+    p.sender.abort(offer.transfer_id)
+    d.receiver.abort(offer.transfer_id)
+    p.check_quiet()
+    d.check_quiet()
+
+
 # -- a peer that is gone -----------------------------------------------------------------------------------------------
 
 

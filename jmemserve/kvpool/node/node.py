@@ -311,7 +311,7 @@ class PoolNode:
         self.remote.expire(now)
         if now - self._renewed >= min(self._lease_s, self._timeout_s) / 3:
             self._renewed = now
-            self.remote.renew(self.sender.by_peer(), self.receiver.by_peer())
+            self.remote.renew(self.sender.at_work(now), self.receiver.at_work(now))
         if self.arena is not None and self.blocks.reclaimable < WRITE_BACK_BELOW * self.blocks.capacity:
             self.blocks.write_back(WRITE_BACK_BLOCKS)
         self.flush()

@@ -70,6 +70,15 @@ class Receiver:
             ids.setdefault(transfer.offer.source, []).append(transfer_id)
         return ids
 
+    def at_work(self, now: float) -> dict[str, list[str]]:
+        """The ids of all transfers whose bytes are being written, by source; their deadlines run anew."""
+        ids: dict[str, list[str]] = {}
+        for transfer_id, transfer in self._transfers.items():
+            if transfer.writing and not transfer.over:
+                transfer.deadline = now + self._timeout_s
+                ids.setdefault(transfer.offer.source, []).append(transfer_id)
+        return ids
+
     def on(self, message: Message, now: float) -> list[Send | Land | Arrived]:
         """Take a message of a source; returns answers to send and writes to do."""
         match message:

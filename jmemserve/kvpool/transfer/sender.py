@@ -53,6 +53,7 @@ class _Outgoing:
     targets: tuple[BlockAddress, ...] = ()
     shipped: int = 0  # blocks that need not travel or were given to a Ship
     unsent: int = 0  # shipped blocks times parts, less what data was made for
+    aloft: set[tuple[int, int]] = dataclasses.field(default_factory=set)  # (start, part) of data, not yet landed
 
 
 class Sender:
@@ -84,6 +85,19 @@ class Sender:
         ids: dict[str, list[str]] = {}
         for transfer_id, transfer in self._transfers.items():
             ids.setdefault(transfer.destination, []).append(transfer_id)
+        return ids
+
+    def at_work(self, now: float) -> dict[str, list[str]]:
+        """The ids of all transfers that wait for this side alone, by destination; their deadlines run anew.
+
+        Only these are to be renewed at the destination: if both sides did so while each waits for the other, a message
+        that was lost would keep a transfer for ever.
+        """
+        ids: dict[str, list[str]] = {}
+        for transfer_id, transfer in self._transfers.items():
+            if transfer.state is _State.SHIPPING and not transfer.aloft:
+                transfer.deadline = now + transfer.timeout_s
+                ids.setdefault(transfer.destination, []).append(transfer_id)
         return ids
 
     def start(
@@ -157,6 +171,7 @@ class Sender:
                 transfer.targets = message.addresses
                 return self._go_on(transfer, now)
             case Landed() if transfer is not None and state is not _State.OFFERED:
+                transfer.aloft.discard((message.start, message.part))
                 transfer.deadline = now + transfer.timeout_s
             case Refuse() if transfer is not None:
                 self._end(transfer, message.reason)
@@ -178,6 +193,7 @@ class Sender:
             raise TransferError(f"transfer {transfer_id} is not being shipped")
         transfer.unsent -= stop - start
         assert transfer.unsent >= 0, f"{transfer_id}: {start=}, {stop=} is more than was shipped ({transfer.unsent=})"
+        transfer.aloft.add((start, part))
         data = Data(transfer_id, transfer.offer.epoch, start, stop, part, ticket)
         return [Send(transfer.destination, data), *self._go_on(transfer, now)]
 
