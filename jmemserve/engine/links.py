@@ -121,7 +121,6 @@ class Neighbours:
         self._changed = threading.Condition()
         self._roster: Roster | None = None
         self._stopped = False
-        self._epochs: dict[str, int] = {}  # of the life that each link was made with
         self._dialling: set[str] = set()
         self._dialers = ThreadPoolExecutor(DIALS, f"{name}-dial")
         self._thread = threading.Thread(target=self._run, name=f"{name}-links", daemon=True)
@@ -140,7 +139,6 @@ class Neighbours:
             self._roster = None
         for peer in self._links.peers():
             self._links.drop(peer)
-        self._epochs.clear()
 
     def close(self) -> None:
         with self._changed:
@@ -166,12 +164,9 @@ class Neighbours:
 
     def _arrange(self, roster: Roster) -> None:
         wanted = {member.name: member for member in roster.members if member.name != self._name and member.address}
-        for lost in self._epochs.keys() - set(self._links.peers()):
-            del self._epochs[lost]  # whoever makes that link anew, the life of the old one does not matter
         for peer in self._links.peers():
-            if peer not in wanted or self._epochs.get(peer, wanted[peer].epoch) != wanted[peer].epoch:
+            if peer not in wanted:  # of a former life of a peer the instance itself lets go
                 self._links.drop(peer)
-                self._epochs.pop(peer, None)
         up = set(self._links.peers())
         for name, member in wanted.items():
             if name not in up and name not in self._dialling and self._dials(member):
@@ -181,7 +176,6 @@ class Neighbours:
     def _dial(self, member: Member) -> None:
         try:
             self._links.connect(member.address)
-            self._epochs[member.name] = member.epoch
         except JmemserveError:
             pass  # it may come up yet; the roster says so if it will not
         finally:

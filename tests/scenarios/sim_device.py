@@ -112,6 +112,19 @@ class Workers:
         self.jobs.clear()
 
 
+class AtOnce:
+    """Stands in for a pool of threads: jobs run when they are handed in."""
+
+    def __init__(self, *args: object):
+        pass
+
+    def submit(self, function: Callable[..., None], *args: Any) -> None:
+        function(*args)
+
+    def shutdown(self, **how: object) -> None:
+        pass
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The layout of a page of one slot per token."""

@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 from sim_cluster import DOWN, Link, Port, Process, Weather
-from sim_device import STOP, VOCABULARY, Clock, Threads, Wire, Workers, mixed, slots_of, truth
+from sim_device import STOP, VOCABULARY, AtOnce, Clock, Threads, Wire, Workers, mixed, slots_of, truth
 
 from jmemserve.config import Bypass, Caching, ClusterSpec, EngineConfig, Role
 from jmemserve.engine import cluster as cluster_module
@@ -132,7 +132,7 @@ class World:
     def __enter__(self) -> "World":
         for module in (instance_module, moves, node_module, cluster_module, swapper, pool_report):
             self._patches.enter_context(mock.patch.object(module, "time", self.clock))
-        self._patches.enter_context(mock.patch.object(links, "time", mock.Mock()))
+        self._patches.enter_context(mock.patch.object(links, "ThreadPoolExecutor", AtOnce))
         for module in (instance_module, links):
             self._patches.enter_context(mock.patch.object(module, "threading", Threads))
         self._patches.enter_context(mock.patch.object(node_module, "ThreadPoolExecutor", Workers))

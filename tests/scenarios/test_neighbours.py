@@ -2,7 +2,7 @@
 
 from unittest import mock
 
-from sim_device import Threads
+from sim_device import AtOnce, Threads
 
 from jmemserve.config import Role
 from jmemserve.engine import links
@@ -21,6 +21,9 @@ class _Side:
 
     def accept(self, hello: tx.Hello) -> str:
         return hello.instance
+
+    def knows(self, peer: str) -> bool:
+        return True
 
     def on_message(self, message: object) -> None: ...
 
@@ -43,7 +46,7 @@ def test_both_ends_of_a_dropped_link_hear_of_it():
 def test_a_link_that_a_new_life_made_is_not_taken_for_that_of_the_former_one():
     exchange = Exchange()
     old, b = _Side("a", 1, exchange), _Side("b", 2, exchange)
-    with mock.patch.object(links, "threading", Threads):
+    with mock.patch.object(links, "threading", Threads), mock.patch.object(links, "ThreadPoolExecutor", AtOnce):
         neighbours = Neighbours("b", b.links, lambda: b.epoch)
     neighbours._arrange(Roster(1, (old.member(), b.member())))
     assert b.links.peers() == ["a"]
