@@ -23,7 +23,8 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     names = list(dict.fromkeys(str(row["arrangement"]) for row in rows))
     for axis, (figure_name, label, about) in zip(axes.flat, PANELS, strict=True):
         for number, name in enumerate(names):
-            style = {"marker": "os^Dv"[number % 5], "color": f"C{number}", "markersize": 4, "linewidth": 1.2}
+            size = 1 + 0.6 * (len(names) - number)  # lines that coincide are seen nevertheless
+            style = {"marker": "os^Dv"[number % 5], "color": f"C{number}", "markersize": 2.5 * size, "linewidth": size}
             own = [row for row in rows if row["arrangement"] == name]
             _line(axis, own, figure_name, label=name, **style)
             if figure_name == "forward":
