@@ -47,7 +47,7 @@ class Player:
 
     def __init__(self, arrangement: Arrangement, way: Way, args: argparse.Namespace):
         self.arrangement, self.way, self._args = arrangement, way, args
-        self.alone = args.clients == 1
+        self._alone = args.clients == 1
 
     def play(self, sessions: list[workload.Session], repeat: int, bar: tqdm) -> tuple[list[Measured], Counts]:
         """All sessions, from empty caches; what each turn cost, and what the pools counted meanwhile."""
@@ -71,7 +71,7 @@ class Player:
         said: tuple[int, ...] = ()
         measured: list[Measured] = []
         last_prompt = last_answer = 0
-        before = self._count() if self.alone else Counts()
+        before = self._count() if self._alone else Counts()
         for place, turn in enumerate(session, 1):
             prompt = said + turn.user
             answer = self.way.ask(prompt, turn.answer)
@@ -92,7 +92,7 @@ class Player:
                 jct_ms=answer.last_s * 1e3,
                 computed=len(prompt) - answer.cached,
             )
-            if self.alone:
+            if self._alone:
                 after = self._quiet()
                 one.forward, one.back = (after - before).forward, (after - before).back
                 before = after
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace, lengths: list[workload.Lengths]) -> tuple[list
                     sessions = workload.fill(lengths, player.way.vocab_size, f"{args.seed} {repeat}")
                     found, total = player.play(sessions, repeat, bar)
                     measured += found
-                    wrong += tokens.violations(player.arrangement, found, total, args.block_size, player.alone)
+                    wrong += tokens.violations(player.arrangement, found, total, args.block_size)
     bar.close()
     order = [arrangement.name for arrangement in chosen]
     return sorted(measured, key=lambda one: order.index(one.arrangement)), wrong

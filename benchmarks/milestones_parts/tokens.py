@@ -118,8 +118,8 @@ def _up(tokens: int, block: int) -> int:
     return -(-tokens // block) * block
 
 
-def violations(arrangement: Arrangement, turns: list[Measured], total: Counts, block: int, alone: bool) -> list[str]:
-    """What does not add up in one repeat, in words. ``alone``: one client, so that each turn has its own counts."""
+def violations(arrangement: Arrangement, turns: list[Measured], total: Counts, block: int) -> list[str]:
+    """What does not add up in one repeat, in words."""
     found, sums = [], {"computed": [0.0, 0, 0], "forward": [0.0, 0, 0], "back": [0.0, 0, 0]}
     for turn in turns:
         allowed = bounds(arrangement, turn, block)
