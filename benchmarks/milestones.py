@@ -10,7 +10,8 @@ c1     PD-Caching-1: prefill instances keep prompts        c3  PD-Caching-3: and
 cc     PD-CC: two colocated instances that keep everything; as many devices as the others have
 
 In each turn of a conversation the prompt is all that was said before, the model's own answers and the user's new
-words. Times are those of the client: TTFT to the first token, TPOT per token after it, JCT to the last. Tokens computed
+words. Times are those of the client: TTFT to the first token, TPOT per token after it, JCT to the last;
+"2nd" from the first token to the second, which has the hand-over from prefill to decode in it. Tokens computed
 are those of the prompt that no cache had; tokens moved are counted by the pools, in whole blocks. The exit code is 1 if
 an arrangement computes or moves something else than it should; how the times compare is only told.
 """
@@ -90,6 +91,7 @@ class Player:
                 ttft_ms=answer.first_s * 1e3,
                 tpot_ms=(answer.last_s - answer.first_s) / max(1, turn.answer - 1) * 1e3,
                 jct_ms=answer.last_s * 1e3,
+                second_ms=(answer.second_s - answer.first_s) * 1e3,
                 computed=len(prompt) - answer.cached,
             )
             if self._alone:
@@ -116,7 +118,7 @@ class Player:
 
 def run(args: argparse.Namespace, lengths: list[workload.Lengths]) -> tuple[list[Measured], list[str]]:
     """Every turn of every arrangement, and what does not add up."""
-    chosen = [ARRANGEMENTS[name] for name in args.arrangements]
+    chosen = [ARRANGEMENTS[name] for name in dict.fromkeys(args.arrangements)]
     groups = [[arrangement] for arrangement in chosen] if args.one_at_a_time else [chosen]
     measured: list[Measured] = []
     wrong: list[str] = []
@@ -171,8 +173,8 @@ def start(
 
 def print_table(rows: list[Row]) -> None:
     """The medians, an arrangement after the other."""
-    head = ("turn", "prompt", "TTFT ms", "JCT ms", "TPOT ms", "computed", "P to D", "D to P")
-    names = ("turn", "prompt", "ttft_ms", "jct_ms", "tpot_ms", "computed", "forward", "back")
+    head = ("turn", "prompt", "TTFT ms", "JCT ms", "TPOT ms", "2nd ms", "computed", "P to D", "D to P")
+    names = ("turn", "prompt", "ttft_ms", "jct_ms", "tpot_ms", "second_ms", "computed", "forward", "back")
     print(f"{'':13}" + "".join(f"{text:>10}" for text in head))
     last = None
     for row in rows:

@@ -37,7 +37,7 @@ def test_more_than_should_be_is_told(monkeypatch) -> None:
     from milestones_parts.tokens import Counts, Measured, violations
     from milestones_parts.ways import ARRANGEMENTS
 
-    times = {"ttft_ms": 1.0, "tpot_ms": 1.0, "jct_ms": 1.0}
+    times = {"ttft_ms": 1.0, "tpot_ms": 1.0, "jct_ms": 1.0, "second_ms": 1.0}
     sizes = {"user": 10, "answer": 10, "prompt": 30, "last_prompt": 10, "last_answer": 10}
     good = Measured("PD-Caching-3", 0, 0, 2, **sizes, **times, computed=14, forward=16.0, back=16.0)
     total = Counts(forward=16.0, back=16.0, arrived=32.0, looked_up=30, found=16)

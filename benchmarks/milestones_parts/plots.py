@@ -23,17 +23,18 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     names = list(dict.fromkeys(str(row["arrangement"]) for row in rows))
     for axis, (figure_name, label, about) in zip(axes.flat, PANELS, strict=True):
         for number, name in enumerate(names):
-            size = 1 + 0.6 * (len(names) - number)  # lines that coincide are seen nevertheless
+            size = 1 + 0.4 * (len(names) - number)  # lines that coincide are seen nevertheless
             style = {"marker": "os^Dv"[number % 5], "color": f"C{number}", "markersize": 2.5 * size, "linewidth": size}
             own = [row for row in rows if row["arrangement"] == name]
             _line(axis, own, figure_name, label=name, **style)
             if figure_name == "forward":
-                _line(axis, own, "back", linestyle=":", **style)
+                _line(axis, [row for row in own if row["back"]], "back", linestyle=":", **style)
         axis.set(xlabel="turn", ylabel=label, title=about)
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -71,6 +71,7 @@ class Measured:
     ttft_ms: float
     tpot_ms: float
     jct_ms: float
+    second_ms: float
     computed: int
     forward: float | None = None
     back: float | None = None

@@ -7,19 +7,20 @@ import numpy as np
 from milestones_parts.tokens import Measured
 
 Row = dict[str, float | int | str | None]
-FIGURES = ("ttft_ms", "jct_ms", "tpot_ms", "computed", "forward", "back")
+FIGURES = ("ttft_ms", "jct_ms", "tpot_ms", "second_ms", "computed", "forward", "back")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """One expectation."""
+    """One expectation; where there is none, ``holds`` is None, and the figures are only told."""
 
-    holds: bool
+    holds: bool | None
     what: str
     figures: str
 
     def __str__(self) -> str:
-        return f"{'holds' if self.holds else 'DOES NOT HOLD'}: {self.what} ({self.figures})"
+        word = {True: "holds", False: "DOES NOT HOLD", None: "beside"}[self.holds]
+        return f"{word}: {self.what} ({self.figures})"
 
 
 def medians(measured: Sequence[Measured]) -> list[Row]:
@@ -54,9 +55,12 @@ def judge(rows: Sequence[Row], flat: float) -> list[Verdict]:
     for name in ("PD-Caching-1", "PD-Caching-2"):
         if name in tables and full and basic:
             found.append(_pays_for_answers(name, tables[name], full, _token_ms(basic)))
-    for less, more in (("PD-Caching-3", "PD-Caching-2"), ("PD-Caching-2", "PD-Basic"), ("PD-Caching-3", "PD-CC")):
+    for less, more in (("PD-Caching-3", "PD-Caching-2"), ("PD-Caching-2", "PD-Basic")):
         if less in tables and more in tables:
             found += [_compare(less, tables[less], more, tables[more], figure) for figure in ("ttft_ms", "jct_ms")]
+    for name in ("PD-Caching-3", "PD-Caching-2", "PD-Caching-1", "PD-Basic"):
+        if name in tables and "PD-CC" in tables:
+            found.append(_beside(tables["PD-CC"], name, tables[name]))
     return found
 
 
@@ -74,6 +78,17 @@ def _compare(less: str, own: Sequence[Row], more: str, other: Sequence[Row], fig
     a, b = float(own[-1][figure] or 0), float(other[-1][figure] or 0)
     short = figure.removesuffix("_ms").upper()
     return Verdict(a < b, f"{less}'s {short} is below {more}'s at the last turn", f"{a:.1f} and {b:.1f} ms")
+
+
+def _beside(colocated: Sequence[Row], name: str, other: Sequence[Row]) -> Verdict:
+    """Two colocated instances and an arrangement with roles: medians over the turns that have a history."""
+    words, figures = [], []
+    for figure in ("ttft_ms", "jct_ms"):
+        a, b = (float(np.median([float(row[figure] or 0) for row in rows[1:] or rows])) for rows in (colocated, other))
+        short = figure.removesuffix("_ms").upper()
+        words.append(f"{'beats' if a < b else 'does not beat'} {name} in {short}")
+        figures.append(f"{short} {a:.1f} and {b:.1f} ms")
+    return Verdict(None, "PD-CC " + ", and ".join(words), "; ".join(figures) + ", over later turns")
 
 
 def _last_over_first(rows: Sequence[Row], figure: str) -> float:

@@ -51,12 +51,19 @@ class Answer:
     first_s: float = 0.0
     last_s: float = 0.0
     cached: int = 0
+    second_s: float = (
+        0.0  # the second token: what lies between the first two is a step, and the hand-over if there is one
+    )
 
     def take(self, tokens: Sequence[int], at_s: float) -> None:
-        if tokens:
-            self.first_s = self.first_s if self.tokens else at_s
-            self.last_s = at_s
-            self.tokens += tokens
+        if not tokens:
+            return
+        if not self.tokens:
+            self.first_s = at_s
+        if len(self.tokens) < 2 <= len(self.tokens) + len(tokens):
+            self.second_s = at_s
+        self.last_s = at_s
+        self.tokens += tokens
 
 
 class Way(Protocol):
