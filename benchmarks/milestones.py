@@ -21,6 +21,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -229,6 +231,7 @@ def main() -> None:
     else:
         lengths = workload.alike(args.sessions, args.turns, args.user_tokens, args.answer_tokens)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers are ended then too
     arrange_cpu_devices(2)
     about = machine.about()
     for key, value in about.items():
