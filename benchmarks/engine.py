@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from jmemserve.config import ClusterSpec, EngineConfig, LoadFormat, parse_mesh
 from jmemserve.devices import arrange_cpu_devices
+from jmemserve.engine.build import read_model_config
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.report import ConsoleReport
 from jmemserve.types import Event, Request, SamplingParams
@@ -47,7 +48,7 @@ class Driver:
                 self.ended[event.request_id].set()
 
     def prompt(self, length: int) -> tuple[int, ...]:
-        return tuple(self._rng.integers(3, self.cluster.model_config.vocab_size, length).tolist())
+        return tuple(self._rng.integers(3, self.cluster.vocab_size, length).tolist())
 
     def run(self, prompts: list[tuple[int, ...]], new_tokens: int) -> tuple[float, list[list[float]], list[int]]:
         """(start, times of every token of every request, cached tokens of each)."""
@@ -91,7 +92,7 @@ def main() -> None:
         compilation_cache_dir=args.compilation_cache_dir,
     )
     driver = Driver(engine)
-    config = driver.cluster.model_config
+    config = read_model_config(engine)
     weights, kv_per_token = count_weights(config), 2 * config.num_layers * config.num_kv_heads * config.head_dim
     item = 4 if args.dtype == "float32" else 2
 

@@ -47,13 +47,12 @@ class Moves:
 
     def take_in(self, arrived: tx.Arrived) -> Sequence:
         """The sequence that came, every block of it in place. Raises TransferError if its state makes no sense."""
-        now = time.monotonic()
-        try:
-            seq = unpack_sequence(arrived.private, arrived.tokens or (), self._name, now)
+        try:  # its state was written just before the offer was sent
+            seq = unpack_sequence(arrived.private, arrived.tokens or (), self._name, arrived.offered)
         except TransferError:
             self._node.free_mem(arrived.blocks)
             raise
-        seq.stamps.adopted = now
+        seq.stamps.adopted = time.monotonic()
         return seq
 
     def _moved(self, moving: Transfer) -> None:

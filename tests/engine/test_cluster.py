@@ -108,6 +108,9 @@ def test_stop_ids_min_tokens_and_usage(model, truth, mesh: str) -> None:
         driver.finish(output)
         assert len(output.tokens) == 12 and stop not in output.tokens
         assert output.end is not None and output.end.usage.cached_tokens == (len(prompt) - 1) // 4 * 4
+        timings = output.end.timings
+        assert (timings.transfer_s > 0) == (mesh != "colocated"), timings
+        assert 0 < timings.transfer_s + timings.first_token_s < 60 and timings.transfer_s <= timings.decode_s, timings
 
 
 def test_logprobs(model) -> None:

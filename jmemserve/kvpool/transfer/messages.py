@@ -238,3 +238,4 @@ class Arrived:
     blocks: tuple[BlockAddress, ...]  # empty without CLAIM
     tokens: tuple[int, ...] | None
     given: tuple[BlockAddress, ...] = ()  # allocated for the source from now on
+    offered: float = dataclasses.field(default=0.0, compare=False)  # when the offer came, on the destination's clock

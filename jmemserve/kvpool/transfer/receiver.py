@@ -46,6 +46,7 @@ class _Incoming:
     writing: int = 0  # Land actions without their ``landed`` or ``failed``
     over: bool = False  # ended, but for writes under way
     private: bytes | None = None  # of the Close
+    offered: float = 0.0  # when the offer came
 
 
 class Receiver:
@@ -173,7 +174,7 @@ class Receiver:
                 return self._refuse(offer, str(error))
             cached = match.take()
         came = [bytearray(len(fresh)) for _ in range(offer.parts)]
-        transfer = _Incoming(offer, cached, fresh, now + self._timeout_s, came, len(fresh) * offer.parts)
+        transfer = _Incoming(offer, cached, fresh, now + self._timeout_s, came, len(fresh) * offer.parts, offered=now)
         self._transfers[transfer_id] = transfer
         return [Send(offer.source, Accept(transfer_id, offer.epoch, len(cached), (*cached, *fresh)))]
 
@@ -257,7 +258,9 @@ class Receiver:
             pool.free_mem(blocks)
         self._remember(offer.transfer_id, True)
         kept = blocks if claimed else ()
-        arrived = Arrived(offer.transfer_id, offer.source, transfer.private, kept, offer.tokens, given)
+        arrived = Arrived(
+            offer.transfer_id, offer.source, transfer.private, kept, offer.tokens, given, transfer.offered
+        )
         return [arrived, Send(offer.source, Done(offer.transfer_id))]
 
     def _refuse(self, offer: Offer, reason: str) -> list[Send]:
