@@ -192,6 +192,9 @@ class Gateway:
         """An instance gets nothing new, and what it has goes elsewhere, if there is another."""
         self.router.set_state(instance, InstanceState.DRAINING)
         self._draining.add(instance)
+        for ticket in self._tickets.values():
+            if instance in ticket.homes:
+                ticket.asked = 0.0  # wherever it was asked to go before
         self._move_all(instance, now)
 
     def move(self, request_id: str, to: str | None, now: float) -> str | None:

@@ -224,7 +224,7 @@ def test_an_instance_joins_serves_and_leaves_during_a_stream(world: World, truth
     assert stream.result() == truth
     assert world.states()["decode1"] == "left"
     with world.client() as client:
-        assert client.cluster().moves >= 2
+        assert client.cluster().moves >= 1
         with pytest.raises(UnknownRequest, match="no instance 'decode1' is ready"):
             client.drain_instance("decode1")
     nothing_held(world)
