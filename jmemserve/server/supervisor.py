@@ -15,7 +15,7 @@ from jmemserve.server.net.secret import VARIABLE
 
 BACK_OFF_S = 0.5  # before the first new start; doubled for each that follows soon, up to
 MAX_BACK_OFF_S = 30.0
-STEADY_S = 30.0  # who lived so long begins with the shortest wait again
+STEADY_S = 10.0  # who lived so long begins with the shortest wait again
 GIVE_UP = 5  # deaths in a row without ever having been a member
 KEPT_LINES = 200  # of what a process said last
 END_S = 10.0  # for a process to end by itself
