@@ -328,11 +328,11 @@ class Instance:
             self.node.handle(peer, message)
 
     def _adopt(self, arrived: tx.Arrived) -> None:
-        """Every block is in place: go on with the sequence here."""
+        """Every block is in place: go on with the sequence here. Raises TransferError if it is not taken."""
         seq = self._moves.take_in(arrived)
         if seq.request.id in self._by_id:  # it has come back before its former stay here was over
             self.pool.free_mem(arrived.blocks)
-            return
+            raise TransferError(f"{seq.request.id} is here already")
         self.scheduler.adopt(seq, list(arrived.blocks), len(arrived.tokens or ()))
         self._swap()
         if not self._was_aborted(seq):

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from jmemserve.config import Caching, Role
+from jmemserve.config import Bypass, Caching, Role
 from jmemserve.errors import ConfigError, Unavailable
 from jmemserve.scheduler.policies import POLICIES, Candidate, View, longest_prefix
 from jmemserve.scheduler.router import InstanceState, Load, Router
@@ -218,3 +218,39 @@ def test_random_histories(data):
         for request_id in flights:
             router.on_finished(request_id, (), now)
         assert len(router) == 0 and all(router.load(name) == Load(0, 0) for name, _ in instances)
+
+
+def test_a_short_uncached_prompt_is_prefilled_where_it_is_decoded():
+    instances = [("prefill0", Role.PREFILL), ("decode0", Role.DECODE)]
+    for bypass, short_at in ((Bypass.OFF, "prefill0"), (Bypass.AUTO, "decode0")):
+        router = Router(instances, C, bypass=bypass)
+        assert router.route("short", [*range(20)], "", 0.0).prefill == short_at
+        assert router.route("long", [*range(1000)], "", 0.0).prefill == "prefill0"
+        router.check()
+
+
+def test_a_busy_decode_instance_is_not_bothered_with_prompts():
+    router = Router([("prefill0", Role.PREFILL), ("decode0", Role.DECODE)], C, bypass=Bypass.AUTO)
+    for number in range(8):
+        router.route(f"r{number}", [*range(1000 * number, 1000 * number + 300)], "", 0.0)
+        router.on_first_token(f"r{number}", 0.0)
+    assert router.route("short", [*range(7, 107)], "", 0.0).prefill == "prefill0"
+
+
+def test_instances_come_go_and_change_their_role():
+    router = Router((), C)
+    with pytest.raises(Unavailable):
+        router.route("r", [1], "", 0.0)
+    router.add("a", Role.PREFILL)
+    router.add("b", Role.DECODE)
+    serve(router, "one", [*range(16)])
+    router.set_role("a", Role.DECODE)
+    router.set_role("b", Role.PREFILL)
+    route = serve(router, "two", [*range(16), 3])
+    assert (route.prefill, route.decode) == ("b", "a")
+    assert route.predicted_cached_tokens == 16, "what it holds stays known"
+    assert router.relief([*range(16)], "", "a", 0.0) == "b"
+    router.remove("a")
+    assert serve(router, "three", [*range(16)]).decode == "b"
+    assert router.relief([1], "", "b", 0.0) is None
+    router.check()

@@ -41,7 +41,8 @@ WRITE_BACK_BLOCKS = 16  # per poll
 
 
 class PoolNode:
-    """``send(peer, message)`` must not block; ``on_arrival`` gets what comes with a private part or for the owner."""
+    """``send(peer, message)`` must not block; ``on_arrival`` gets what comes with a private part or for the owner, and
+    raises TransferError, having freed the blocks, if it does not take it: the source hears of it."""
 
     def __init__(
         self,
@@ -343,10 +344,12 @@ class PoolNode:
 
     def _do(self, work: Sequence[tx.Send | tx.Ship | tx.Land | tx.Arrived]) -> None:
         """Carry out what the machines ask for, in order, and settle what ended."""
+        unwanted: dict[str, str] = {}  # what the owner would not take, and why
         for item in work:
             match item:
-                case tx.Send():
-                    self._send_if_known(item.to, item.message)
+                case tx.Send() if self.peers.known(item.to) is not None:
+                    ended = item.message.transfer_id if isinstance(item.message, tx.Done) else ""
+                    self._send(item.to, tx.Refuse(ended, unwanted[ended]) if ended in unwanted else item.message)
                 case tx.Ship():
                     _, cut = self._transfers[item.transfer_id]
                     transport = self.peers.get(item.destination).transport
@@ -356,13 +359,12 @@ class PoolNode:
                     self._land(item)
                 case tx.Arrived():
                     self.remote.lease(item.source, item.given, time.monotonic())
-                    if item.private or item.blocks:
-                        self._on_arrival(item)
+                    try:
+                        if item.private or item.blocks:
+                            self._on_arrival(item)
+                    except TransferError as error:
+                        unwanted[item.transfer_id] = self.receiver.disown(item.transfer_id, str(error))
         self._settle()
-
-    def _send_if_known(self, peer: str, message: tx.Message) -> None:
-        if self.peers.known(peer) is not None:
-            self._send(peer, message)
 
     def _land(self, land: tx.Land) -> None:
         try:

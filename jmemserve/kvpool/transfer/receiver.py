@@ -132,6 +132,11 @@ class Receiver:
             return []
         return self._end(transfer, f"aborted at {self._pool.instance}")
 
+    def disown(self, transfer_id: str, reason: str) -> str:
+        """The owner did not take what has arrived: whoever asks is told that it was refused. Returns the reason."""
+        self._remember(transfer_id, False)
+        return reason
+
     def drop_peer(self, source: str) -> list[str]:
         """The instance is gone: end every transfer from it and return their ids."""
         gone = [t for t in self._transfers.values() if t.offer.source == source and not t.over]
