@@ -10,6 +10,7 @@
     ├── WorldError                  the world's failure: retried, or it fails that one request
     │   ├── Overloaded              RESOURCE_EXHAUSTED   a bounded queue is full; carries a retry hint
     │   ├── Unavailable             UNAVAILABLE          loading, draining, or no instance is left
+    │   │   └── NameTaken           (start-up)           another process is a member under this name, for now
     │   ├── DeadlineExceeded        DEADLINE_EXCEEDED    the client's deadline passed
     │   └── TransferError           (internal)           blocks did not arrive; the sequence is caught up elsewhere
     │       └── CorruptBlock        (internal)           bytes arrived other than they left
@@ -69,6 +70,10 @@ class Overloaded(WorldError):
 
 class Unavailable(WorldError):
     """Loading, draining, or no instance can serve."""
+
+
+class NameTaken(Unavailable):
+    """Another process is a member of the cluster under this name; it may be dead without anybody knowing yet."""
 
 
 class DeadlineExceeded(WorldError):

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from jmemserve.config import Role
-from jmemserve.errors import Unavailable
+from jmemserve.errors import NameTaken, Unavailable
 from jmemserve.scheduler.messages import Beat, Member, MemberState, Probe, Probed, Ready, Roster
 from jmemserve.types import InstanceLoad, MemberReport
 
@@ -117,8 +117,14 @@ class Membership:
     def admit(
         self, name: str, epoch: int, role: Role, facts: Iterable[tuple[str, str]], now: float, place: str = ""
     ) -> list[Change]:
-        """Take an instance in; it loads from now on. Raises Unavailable, with what to change, if it cannot come."""
+        """Take an instance in; it loads from now on.
+
+        ``place``: its process; another one cannot take the name of one that lives. Raises Unavailable, with what to
+        change, if it cannot come; NameTaken if another try may help.
+        """
         old = self.records.get(name)
+        if old is not None and old.alive and old.place != place:
+            raise NameTaken(f"{name} is a member already, at {old.place}: give another --name, or wait for its end")
         if old is not None and old.epoch >= epoch:
             raise Unavailable(f"{name} is known in epoch {old.epoch}; {epoch} is a former life of it: start it anew")
         if len(self.alive()) >= MAX_MEMBERS:
@@ -126,9 +132,11 @@ class Membership:
         own = dict(facts)
         self._compare(name, own)
         changes = self.dead(name, "it has started anew", now) if old is not None and old.alive else []
-        if old is not None:
-            self.gone = [*self.gone, old][-MAX_GONE:]
-            del self.records[name]
+        over = [record for record in self.records.values() if not record.alive and record is not old]
+        over = sorted(over, key=lambda record: record.since)[: max(0, len(over) - MAX_GONE)]
+        for former in [*over, *([old] if old is not None else [])]:
+            self.gone = [*self.gone, former][-MAX_GONE:]
+            del self.records[former.name]
         self.records[name] = Record(name, epoch, role, own, now, now, place)
         return [*changes, Change(name, MemberState.LOADING)]
 

@@ -187,7 +187,7 @@ class Worker:
         await stream.say(HANDSHAKE.encode(Apply(self._name, self._epoch, self._spec.role, self._facts, place)))
         answer = HANDSHAKE.decode(await stream.read())
         if isinstance(answer, Refused):
-            raise RefusedError(answer.reason)
+            raise RefusedError(answer.reason) if answer.final else Unavailable(answer.reason)
         if not isinstance(answer, Welcome):
             raise TransferError("the front-end did not answer")
         self._name, self._epoch, self._member = answer.name, answer.epoch, False

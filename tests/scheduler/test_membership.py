@@ -3,8 +3,8 @@
 import pytest
 
 from jmemserve.config import Role
-from jmemserve.errors import Unavailable
-from jmemserve.scheduler.membership import JOIN_S, Membership
+from jmemserve.errors import NameTaken, Unavailable
+from jmemserve.scheduler.membership import JOIN_S, MAX_GONE, Membership
 from jmemserve.scheduler.messages import Beat, MemberState, Probe, Probed, Ready, Roster
 from jmemserve.types import InstanceLoad
 
@@ -133,3 +133,21 @@ def test_names_are_given_and_free_again():
     assert members.free_name(Role.PREFILL) == "prefill1"
     members.dead("prefill0", "killed", 0.0)
     assert members.free_name(Role.PREFILL) == "prefill0"
+
+
+def test_nobody_takes_the_name_of_another_process_that_lives():
+    members = Membership()
+    members.admit("a", 1, Role.DECODE, FACTS, 0.0, "host:1")
+    with pytest.raises(NameTaken, match="a is a member already, at host:1: give another --name"):
+        members.admit("a", 2, Role.DECODE, FACTS, 1.0, "host:2")
+    members.dead("a", "its stream ended", 2.0)
+    members.admit("a", 3, Role.DECODE, FACTS, 3.0, "host:2")
+    members.admit("a", 4, Role.DECODE, FACTS, 4.0, "host:2")  # the same process, anew
+
+
+def test_what_is_over_is_not_remembered_for_ever():
+    members = Membership()
+    for number in range(3 * MAX_GONE):
+        members.admit(f"i{number}", number + 1, Role.DECODE, FACTS, float(number))
+        members.dead(f"i{number}", "killed", float(number))
+    assert len(members.records) <= MAX_GONE + 1 and len(members.gone) == MAX_GONE

@@ -4,7 +4,7 @@ import asyncio
 import time
 
 from jmemserve.engine.cluster import Cluster
-from jmemserve.errors import JmemserveError, TransferError
+from jmemserve.errors import JmemserveError, NameTaken, TransferError
 from jmemserve.scheduler.messages import Beat, ToInstance, shifted
 from jmemserve.server.net.streams import Stream, prove_as_server
 from jmemserve.server.net.words import FROM_INSTANCE, HANDSHAKE, TO_INSTANCE, Apply, Refused, Welcome
@@ -49,7 +49,7 @@ class Joining:
         try:
             name = self._cluster.admit(apply.name, epoch, apply.role, apply.facts, port, apply.place)
         except JmemserveError as error:
-            await stream.say(HANDSHAKE.encode(Refused(str(error)[:1000], True)))
+            await stream.say(HANDSHAKE.encode(Refused(str(error)[:1000], not isinstance(error, NameTaken))))
             return
         reason = "its stream ended"
         try:
