@@ -236,7 +236,7 @@ class Cluster:
             return [record.load for record in self._membership.alive() if record.load is not None]
 
     def pools(self) -> list[PoolReport]:
-        """All about every instance's pool, for people; waits for the instances' threads. Raises TimeoutError."""
+        """All about every instance's pool, for people; waits for the instances' threads. Raises Unavailable."""
         with self._changed:
             self._pool_news.clear()
             asked = [name for name in self._ports if self._membership.records[name].address]
@@ -247,7 +247,7 @@ class Cluster:
                 return all(name in self._pool_news or name not in self._ports for name in asked)
 
             if not self._changed.wait_for(answered, POOLS_S):
-                raise TimeoutError(f"no report from {[name for name in asked if name not in self._pool_news]}")
+                raise Unavailable(f"no report from {[name for name in asked if name not in self._pool_news]}")
             return [self._pool_news[name] for name in asked if name in self._pool_news]
 
     def set_role(self, name: str, role: Role) -> None:

@@ -1,6 +1,8 @@
 """Compilations: counted, since none may happen once an instance is warm, and kept between starts."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -51,6 +53,14 @@ class CompileCounter:
         if event == _FOUND:
             with self._lock:
                 self.found += 1
+
+    @contextlib.contextmanager
+    def excused(self) -> Iterator[None]:
+        """What is compiled meanwhile was asked for: another role needs other shapes."""
+        before = self.count
+        yield
+        with self._lock:
+            self.count = before
 
     def close(self) -> None:
         """Stop counting."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from jmemserve.config import InstanceSpec, Role, SwapPolicy
 from jmemserve.engine.aborts import Aborts
 from jmemserve.engine.build import Parts
+from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.mailbox import Mailbox
 from jmemserve.engine.messages import FromPeer, Stop
 from jmemserve.engine.moves import Moves
@@ -61,6 +62,7 @@ class Instance:
         linked: Callable[[str], bool],
         say: Callable[[FromInstance], None],
         on_failure: Callable[[BaseException], None],
+        compiles: CompileCounter,
     ):
         self.spec, self.role = spec, spec.role
         self.pool, self.runner = parts.pool, parts.runner
@@ -80,7 +82,7 @@ class Instance:
             granularity=parts.granularity,
             flags=parts.flags,
         )
-        self.compiles: Callable[[], int] = lambda: 0
+        self.compiles = compiles
         self.on_roster: Callable[[Roster], None] = lambda roster: None
         self.drop_link: Callable[[str], None] = lambda peer: None
         self._by_id: dict[str, Sequence] = {}
@@ -122,8 +124,7 @@ class Instance:
 
     def load(self) -> InstanceLoad:
         """A momentary view; the numbers may belong to two neighbouring moments."""
-        counts = {"steps": self._steps, "compiles_after_warmup": self.compiles()}
-        return load_report(self.spec.name, self.role, self.scheduler, **counts)
+        return load_report(self.spec.name, self.role, self.scheduler, self._steps, self.compiles)
 
     # -- the thread -------------------------------------------------------------------------------------------
 
@@ -387,7 +388,8 @@ class Instance:
         shapes = tuple(sorted({*self._shapes_of(role), *self.runner.shapes}))
 
         def compile_and_take() -> None:
-            self.runner.add_shapes(shapes)
+            with self.compiles.excused():
+                self.runner.add_shapes(shapes)
             self.post(functools.partial(self._take_role, role))
 
         threading.Thread(target=compile_and_take, name=f"{self.spec.name}-compile", daemon=True).start()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from jmemserve.config import InstanceSpec
 from jmemserve.engine.build import Parts
+from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.instance import Instance
 from jmemserve.engine.links import Links, Neighbours, Side
 from jmemserve.engine.messages import FromPeer
@@ -22,9 +23,10 @@ class Host:
         make_links: Callable[[Side], Links],
         say: Callable[[FromInstance], None],
         on_failure: Callable[[BaseException], None],
+        compiles: CompileCounter,
     ):
         self.max_model_len = parts.max_model_len
-        self.instance = Instance(spec, parts, self._send, self._linked, say, on_failure)
+        self.instance = Instance(spec, parts, self._send, self._linked, say, on_failure, compiles)
         self.links = make_links(self)
         self.instance.drop_link = self.links.drop
         self.neighbours = Neighbours(spec.name, self.links, lambda: self.instance.pool.epoch)

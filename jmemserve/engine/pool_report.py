@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 from jmemserve.config import Role
+from jmemserve.engine.compiles import CompileCounter
 from jmemserve.kvpool.node import PoolNode
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.types import InstanceLoad, MediumReport, PoolReport
@@ -11,9 +12,7 @@ from jmemserve.types import InstanceLoad, MediumReport, PoolReport
 OLDEST = 5  # prefixes shown
 
 
-def load_report(
-    name: str, role: Role, scheduler: LocalScheduler, steps: int, compiles_after_warmup: int
-) -> InstanceLoad:
+def load_report(name: str, role: Role, scheduler: LocalScheduler, steps: int, compiles: CompileCounter) -> InstanceLoad:
     """A momentary view, from any thread."""
     stats = scheduler.pool.stats()
     return InstanceLoad(
@@ -30,7 +29,7 @@ def load_report(
         prefix_queries=stats.query_tokens,
         steps=steps,
         preemptions=scheduler.preemptions,
-        compiles_after_warmup=compiles_after_warmup,
+        compiles_after_warmup=compiles.count,
     )
 
 

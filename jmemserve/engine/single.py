@@ -73,15 +73,14 @@ def start_instances(cluster: Cluster, report: Report) -> Callable[[], None]:
     def close() -> None:
         for host in hosts:
             host.close()
-        if counters:
-            counters.pop().close()
+        counter.close()
 
-    counters: list[CompileCounter] = []
+    counter = CompileCounter()
     for instance in spec.instances:
         port = LocalPort(cluster, instance.name)
         parts = build(instance, engine, config, spec.num_devices, epoch, ways, report)
         links = functools.partial(_links, instance, exchange)
-        port.host = Host(instance, parts, links, port.say, port.died)
+        port.host = Host(instance, parts, links, port.say, port.died, counter)
         hosts.append(port.host)
         cluster.admit(instance.name, epoch, instance.role, facts, port, "this process")
         port.host.instance.start()
@@ -93,9 +92,8 @@ def start_instances(cluster: Cluster, report: Report) -> Callable[[], None]:
     for record in cluster.members():
         for peer, way in record.ways.items():
             report.line(f"    {peer} gets blocks of {record.name} by {way}")
-    counters.append(CompileCounter())
+    counter.count = 0  # what comes now is a mistake
     for host in hosts:
-        host.instance.compiles = lambda: counters[0].count if counters else 0
         host.instance.call(host.instance.node.tally.reset)  # what moved so far was probes
     return close
 

@@ -225,9 +225,8 @@ class Worker:
         parts = build(spec, engine, config, cluster.num_devices, self._epoch, LocalExchange(), report, ways)
         if self._leader is not None:
             lead(parts.runner, self._leader)
-        host = Host(spec, parts, self._make_links, self._say, self._died)
-        self._counter = counter = CompileCounter()
-        host.instance.compiles = lambda: counter.count
+        self._counter = CompileCounter()
+        host = Host(spec, parts, self._make_links, self._say, self._died, self._counter)
         host.instance.start()
         self._host = host
 

@@ -197,7 +197,7 @@ class Process:
             max_model_len=4096,
         )
         spec = InstanceSpec(self.name, role, 1, 0)
-        return Host(spec, parts, self._make_links, self.say, world.failed)
+        return Host(spec, parts, self._make_links, self.say, world.failed, world.compiles)
 
     def _make_links(self, side: Side) -> "SimLinks":
         self.links = SimLinks(self.world, self)

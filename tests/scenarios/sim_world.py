@@ -23,6 +23,7 @@ from jmemserve.engine import cluster as cluster_module
 from jmemserve.engine import instance as instance_module
 from jmemserve.engine import links, moves, pool_report
 from jmemserve.engine.cluster import Cluster
+from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.messages import FromPeer
 from jmemserve.errors import Unavailable
 from jmemserve.kvpool import audit
@@ -125,6 +126,7 @@ class World:
         self.report = _Report()
         self._members, self._more = members, more
         self._epochs = itertools.count(1)
+        self.compiles = CompileCounter()
         self._strays: list[tuple[float, str, FromPeer]] = []
         self._ticked = 0.0
         self._patches = contextlib.ExitStack()
@@ -151,6 +153,7 @@ class World:
 
     def __exit__(self, *error: object) -> None:
         self._patches.close()
+        self.compiles.close()
 
     # -- what people and fate do --------------------------------------------------------------------------------------
 
