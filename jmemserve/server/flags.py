@@ -218,7 +218,7 @@ def dump_config(config: ServeConfig) -> str:
     """YAML that ``--config`` reads back to the same configuration."""
     engine = config.cluster.engine
     values = _engine_values(engine)
-    values |= {"mesh": config.mesh, "served_model_name": config.served_model_name, "host": config.host}
+    values |= {"mesh": config.mesh or None, "served_model_name": config.served_model_name, "host": config.host}
     values |= {"port": config.port, "shutdown_timeout": config.shutdown_timeout_s}
     values |= {"processes": config.processes.value, "role": None if config.role is None else config.role.value}
     values |= {"join": config.join, "name": (config.instance.name or None) if config.instance else None}
@@ -272,7 +272,8 @@ def _make_config(settings: Mapping[str, Any]) -> ServeConfig:
                 raise ConfigError(f"{option} is for one instance: give --role prefill, decode or colocated too")
         if role is ProcessRole.FRONTEND and (server["mesh"] is not None or processes is not Processes.ONE):
             raise ConfigError("--role frontend has no instances of its own: leave --mesh and --processes out")
-        specs = () if role is ProcessRole.FRONTEND else parse_mesh(mesh)
+        mesh = "" if role is ProcessRole.FRONTEND else mesh
+        specs = parse_mesh(mesh) if mesh else ()
     else:
         if server["join"] is None:
             raise ConfigError(f"--role {role.value} needs --join HOST:PORT, the address of the front-end")

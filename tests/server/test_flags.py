@@ -1,5 +1,6 @@
 """The command line and the config file: what is read, what is refused, and that a printed file reads back."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,36 @@ def test_engine_settings_of_the_offline_class() -> None:
     ) == EngineConfig(warmup=Warmup.NONE, max_num_seqs=2)
     with pytest.raises(ConfigError, match="did you mean max_num_seqs"):
         make_engine_config({"max_num_seq": 2})
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--role", "frontend", "--port", "0"],
+        ["--role", "decode", "--join", "host:1", "--mesh", "model=2", "--name", "d7", "--listen", "10.0.0.1:7000"],
+        ["--role", "prefill", "--join", "h:1", "--coordinator", "h:2", "--num-processes", "2", "--process-id", "1"],
+        ["--mesh", "2xprefill+decode", "--processes", "per-instance", "--caching", "delta", "--bypass", "auto"],
+    ],
+)
+def test_every_kind_of_process_reads_back_what_it_prints(argv: list[str], tmp_path: Path) -> None:
+    config, _ = parse_flags(argv)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert parse_flags(["--config", str(tmp_path / "config.yaml")])[0] == config
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--join", "h:1"], "--join is for one instance: give --role"),
+        (["--role", "decode"], "--role decode needs --join HOST:PORT"),
+        (["--role", "decode", "--join", "nonsense"], "--join must be HOST:PORT, not 'nonsense'"),
+        (["--role", "frontend", "--mesh", "colocated"], "leave --mesh and --processes out"),
+        (["--role", "decode", "--join", "h:1", "--mesh", "2xdecode"], "names an unknown axis"),
+        (["--process-id", "1"], "--process-id is for one instance"),
+        (["--caching", "ful"], "--caching must be one of none, prefill, delta, full, not 'ful'"),
+        (["--heartbeat-timeout-s", "0"], "--heartbeat-timeout-s must be from 0.5"),
+    ],
+)
+def test_processes_that_make_no_sense_are_refused(argv: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        parse_flags(argv)
