@@ -244,7 +244,10 @@ def parse_mesh(text: str) -> tuple[InstanceSpec, ...]:
 
 def parse_instance(text: str, role: Role, name: str) -> InstanceSpec:
     """One instance that has a process of its own: ``--mesh`` is its axes alone, "model=2" or "2"."""
-    return InstanceSpec(name, role, _parse_axes(text, text), 0)
+    try:
+        return InstanceSpec(name, role, _parse_axes(text, text), 0)
+    except ConfigError:
+        raise ConfigError(f"--mesh {text!r}: of one instance give its axes alone, for example model=2") from None
 
 
 def _parse_axes(text: str, axes: str | None) -> int:

@@ -136,7 +136,7 @@ def test_every_kind_of_process_reads_back_what_it_prints(argv: list[str], tmp_pa
         (["--role", "decode"], "--role decode needs --join HOST:PORT"),
         (["--role", "decode", "--join", "nonsense"], "--join must be HOST:PORT, not 'nonsense'"),
         (["--role", "frontend", "--mesh", "colocated"], "leave --mesh and --processes out"),
-        (["--role", "decode", "--join", "h:1", "--mesh", "2xdecode"], "names an unknown axis"),
+        (["--role", "decode", "--join", "h:1", "--mesh", "2xdecode"], "of one instance give its axes alone"),
         (["--process-id", "1"], "--process-id is for one instance"),
         (["--caching", "ful"], "--caching must be one of none, prefill, delta, full, not 'ful'"),
         (["--heartbeat-timeout-s", "0"], "--heartbeat-timeout-s must be from 0.5"),
