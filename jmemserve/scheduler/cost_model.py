@@ -1,0 +1,102 @@
+"""What work costs on one instance, in seconds, predicted from its shape (paper section 5.3.2, operator level).
+
+A step is three kinds of operators. Those bound by computing (matrix products) and the constant ones cost what the
+step's compiled shape costs: with a short list of padded shapes, that table is the staircase of full and last waves
+which the paper computes from thread blocks. Those bound by memory (attention) cost per pair of a new token with a token
+of its context in packed steps, x^2 (1 - y^2) / 2 for a prompt of x tokens of which the share y is cached, and per token
+of context that is read where each sequence has one new token. Pieces travel and swap at so much per call and per block.
+Tensor parallelism is in the numbers: they are those of the whole instance.
+"""
+
+import bisect
+import dataclasses
+import json
+from typing import Any
+
+from jmemserve.errors import ConfigError
+from jmemserve.scheduler.plan import StepShape
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Profile:
+    """The constants of one kind of instance: model, mesh and machine. Fitted, read from a file, or worked out."""
+
+    steps: tuple[tuple[int, int, float], ...]  # (tokens, seqs, seconds with an empty context), in rising order
+    pair_s: float = 0.0  # per (new token, token of its context), in packed steps
+    context_s: float = 0.0  # per token of context, in steps of one token per sequence
+    transfer_call_s: float = 0.0  # moving any blocks to another instance
+    transfer_block_s: float = 0.0
+    swap_call_s: float = 0.0  # bringing any blocks from host memory
+    swap_block_s: float = 0.0
+    about: str = ""  # of what, for people
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "Profile":
+        """Raises ConfigError if the text is not what ``to_json`` writes."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            steps = tuple((int(t), int(s), float(seconds)) for t, s, seconds in values.pop("steps"))
+            return Profile(tuple(sorted(steps)), **values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"not a profile of an instance: {error}") from None
+
+
+class CostModel:
+    """Predictions from a profile. Raises ConfigError if the profile has no step that could compute a prompt."""
+
+    def __init__(self, profile: Profile):
+        self.profile = profile
+        self._packed = sorted({tokens: s for tokens, seqs, s in profile.steps if tokens > seqs}.items())
+        self._ones = sorted({tokens: s for tokens, seqs, s in profile.steps if tokens == seqs}.items())
+        if not self._packed:
+            raise ConfigError("a profile needs a step of more tokens than sequences: prompts are computed in these")
+        self._sizes = [tokens for tokens, _ in self._packed]
+        self._shapes = {StepShape(tokens, seqs): s for tokens, seqs, s in profile.steps}
+        self._rows = [tokens for tokens, _ in self._ones]
+
+    def step_s(self, shape: StepShape, pairs: int, context: int) -> float:
+        """One step: ``pairs`` of new tokens with their contexts in a packed one, ``context`` tokens read in another."""
+        base = self._shapes.get(shape)
+        if base is None:
+            base = self._base(shape.tokens) if shape.tokens > shape.seqs else self._decode_base(shape.tokens)
+        return base + (pairs * self.profile.pair_s if shape.tokens > shape.seqs else context * self.profile.context_s)
+
+    def prefill_s(self, tokens: int, cached: int) -> float:
+        """The paper's exec(x, y): a prompt of ``tokens`` with the first ``cached`` in place, on an idle instance."""
+        new = tokens - cached
+        if new <= 0:
+            return 0.0
+        largest, base = self._packed[-1]
+        whole, rest = divmod(new, largest)
+        seconds = whole * base + (self._base(rest) if rest else 0.0)
+        return seconds + self.profile.pair_s * (tokens * (tokens + 1) - cached * (cached + 1)) / 2
+
+    def decode_step_s(self, running: int, context: int) -> float:
+        """A step of ``running`` sequences with ``context`` tokens in all of them together."""
+        return self._decode_base(running) + context * self.profile.context_s if running else 0.0
+
+    def transfer_s(self, blocks: int) -> float:
+        """Moving so many blocks to another instance; none: nothing is moved."""
+        return self.profile.transfer_call_s + blocks * self.profile.transfer_block_s if blocks else 0.0
+
+    def swap_in_s(self, blocks: int) -> float:
+        """Bringing so many blocks from host memory to the device."""
+        return self.profile.swap_call_s + blocks * self.profile.swap_block_s if blocks else 0.0
+
+    def _base(self, tokens: int) -> float:
+        """The smallest packed step that holds so many tokens; beyond the largest, in proportion."""
+        place = bisect.bisect_left(self._sizes, tokens)
+        if place == len(self._packed):
+            return self._packed[-1][1] * tokens / self._sizes[-1]
+        return self._packed[place][1]
+
+    def _decode_base(self, rows: int) -> float:
+        if not self._ones:
+            return self._base(rows)
+        place = bisect.bisect_left(self._rows, rows)
+        if place == len(self._ones):
+            return self._ones[-1][1] * rows / self._rows[-1]
+        return self._ones[place][1]
