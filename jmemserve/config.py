@@ -89,6 +89,23 @@ class Bypass(enum.Enum):
     OFF = "off"
 
 
+class Policy(enum.Enum):
+    """How the router chooses instances for a request: see ``scheduler.policies``."""
+
+    COST = "cost"  # the fewest seconds, predicted
+    LONGEST_PREFIX = "longest_prefix"
+    SESSION = "session"
+    LEAST_LOAD = "least_load"
+    ROUND_ROBIN = "round_robin"
+
+
+class PromptTrees(enum.Enum):
+    """How the router learns which prefixes instances hold."""
+
+    EVENTS = "events"  # their pools tell
+    RESPONSES = "responses"  # from what was answered; entries end after a time (paper section 6)
+
+
 class SwapPolicy(enum.Enum):
     """When keys and values are swapped out to host memory and in again, rather than forgotten and computed again."""
 
@@ -135,6 +152,9 @@ class EngineConfig:
     transfer_granularity: Granularity = Granularity.AUTO
     caching: Caching = Caching.FULL
     bypass: Bypass = Bypass.OFF
+    policy: Policy = Policy.COST
+    prompt_trees: PromptTrees = PromptTrees.EVENTS
+    prompt_tree_ttl_s: float = 300.0  # with PromptTrees.RESPONSES
     block_checksums: Switch = Switch.ON  # compare the bytes of blocks that travel with what they were
     salt_quota_tokens: int | None = None  # cached tokens that each cache salt may have in device memory; None: any
     salt_quota_host_tokens: int | None = None  # the same in host memory
@@ -187,6 +207,10 @@ class EngineConfig:
         need(
             0.5 <= self.heartbeat_timeout_s <= 3600,
             f"--heartbeat-timeout-s must be from 0.5 to 3600 seconds, not {self.heartbeat_timeout_s:g}",
+        )
+        need(
+            0.1 <= self.prompt_tree_ttl_s <= 1e6,
+            f"--prompt-tree-ttl-s must be from 0.1 to 1,000,000 seconds, not {self.prompt_tree_ttl_s:g}",
         )
         for flag in ("salt_quota_tokens", "salt_quota_host_tokens"):
             value = getattr(self, flag)

@@ -19,25 +19,10 @@ from jmemserve.config import ClusterSpec, Role
 from jmemserve.engine.checks import check_request
 from jmemserve.engine.report import Report
 from jmemserve.errors import JmemserveError, Unavailable, UnknownRequest
+from jmemserve.scheduler import messages as m
 from jmemserve.scheduler.gateway import Gateway
 from jmemserve.scheduler.membership import Change, Membership, Record
-from jmemserve.scheduler.messages import (
-    AskPool,
-    Beat,
-    ChangeRole,
-    FromInstance,
-    Leave,
-    Leaving,
-    Left,
-    MemberState,
-    News,
-    PoolNews,
-    Probed,
-    Ready,
-    ResetCache,
-    ToInstance,
-)
-from jmemserve.scheduler.router import Router
+from jmemserve.scheduler.router import make_router
 from jmemserve.types import (
     ClusterReport,
     Event,
@@ -54,11 +39,11 @@ POOLS_S = 5.0  # a report that takes longer is given up
 class Port(Protocol):
     """The way to one instance."""
 
-    def send(self, message: ToInstance) -> None:
+    def send(self, message: m.ToInstance) -> None:
         """Never blocks; what cannot be sent is lost, and ``Cluster.down`` follows."""
         ...
 
-    def beat(self) -> Beat | None:
+    def beat(self) -> m.Beat | None:
         """A sign of life, from an instance that gives none of its own accord."""
         ...
 
@@ -84,10 +69,8 @@ class Cluster:
         self._report, self._on_events = report, on_events
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        engine = spec.engine
-        router = Router((), engine.block_size, caching=engine.caching, bypass=engine.bypass)
-        self._gateway = Gateway(router, engine.max_queue)
-        self._membership = Membership(engine.heartbeat_timeout_s)
+        self._gateway = Gateway(make_router(spec.engine), spec.engine.max_queue)
+        self._membership = Membership(spec.engine.heartbeat_timeout_s)
         self._ports: dict[str, Port] = {}
         self._pool_news: dict[str, PoolReport] = {}
         self._accepting = self._stopped = False
@@ -127,9 +110,9 @@ class Cluster:
         with self._changed:
             while True:
                 records = self._membership.records.values()
-                if sum(record.state is MemberState.READY for record in records) >= count:
+                if sum(record.state is m.MemberState.READY for record in records) >= count:
                     return True
-                dead = any(record.state is MemberState.DEAD for record in records) and not self.expects_more
+                dead = any(record.state is m.MemberState.DEAD for record in records) and not self.expects_more
                 if dead or self._stopped or (rest := limit - time.monotonic()) <= 0:
                     return False
                 self._changed.wait(min(rest, 1.0))
@@ -209,7 +192,7 @@ class Cluster:
         with self._lock:
             self._gateway.router.forget()
             for port in self._ports.values():
-                port.send(ResetCache())
+                port.send(m.ResetCache())
             return bool(self._ports)
 
     # -- instances ----------------------------------------------------------------------------------------------------
@@ -241,7 +224,7 @@ class Cluster:
             self._pool_news.clear()
             asked = [name for name in self._ports if self._membership.records[name].address]
             for name in asked:
-                self._ports[name].send(AskPool())
+                self._ports[name].send(m.AskPool())
 
             def answered() -> bool:
                 return all(name in self._pool_news or name not in self._ports for name in asked)
@@ -254,7 +237,7 @@ class Cluster:
         """Let an instance prefer something else; its cache stays. Raises UnknownRequest."""
         with self._lock:
             self._need(name)
-            self._ports[name].send(ChangeRole(role))
+            self._ports[name].send(m.ChangeRole(role))
 
     def drain_instance(self, name: str) -> None:
         """Give an instance nothing new, let what it has go on elsewhere, then let it leave. Raises UnknownRequest."""
@@ -276,31 +259,40 @@ class Cluster:
             self._ports[name] = port
             return name
 
-    def on_message(self, name: str, port: Port, message: FromInstance) -> None:
+    def on_message(self, name: str, port: Port, message: m.FromInstance) -> None:
         """What a member says. Raises Unavailable if it cannot stay, and says why."""
         now = time.monotonic()
         with self._lock:
             if self._ports.get(name) is not port:
                 raise Unavailable(f"{name} is no member any more")
             match message:
-                case News():
+                case m.News():
                     self._flush(self._gateway.news(name, message.events, now))
-                case Beat():
+                case m.Shared():
+                    self._gateway.shared(name, message.request_id)
+                    self._flush()
+                case m.CacheNews():
+                    if not self._gateway.router.beliefs.on_events(name, message.events, now):
+                        port.send(m.AskCache())
+                case m.CacheSnapshot():
+                    snapshot, ends = message.snapshot, (message.first, message.last)
+                    self._gateway.router.beliefs.on_snapshot(name, snapshot, *ends)
+                case m.Beat():
                     self._apply(self._membership.beat(name, message, now), now)
-                case Ready():
+                case m.Ready():
                     try:
                         self._apply(self._membership.ready(name, message, now), now)
                     except JmemserveError as error:
                         self._apply(self._membership.dead(name, str(error), now), now)
                         raise
-                case Probed():
+                case m.Probed():
                     self._apply(self._membership.probed(name, message, now), now)
-                case PoolNews():
+                case m.PoolNews():
                     self._pool_news[name] = message.report
                     self._changed.notify_all()
-                case Leaving():
+                case m.Leaving():
                     self._apply(self._membership.drain(name, now), now)
-                case Left():
+                case m.Left():
                     self._apply(self._membership.left(name, now), now)
 
     def down(self, name: str, port: Port, reason: str, error: BaseException | None = None) -> None:
@@ -318,14 +310,14 @@ class Cluster:
 
     def _need(self, name: str) -> Record:
         record = self._membership.get(name)
-        if record is None or record.state is not MemberState.READY:
-            ready = [r.name for r in self._membership.alive() if r.state is MemberState.READY]
+        if record is None or record.state is not m.MemberState.READY:
+            ready = [r.name for r in self._membership.alive() if r.state is m.MemberState.READY]
             raise UnknownRequest(f"no instance {name!r} is ready; those that are: {', '.join(ready) or 'none'}")
         return record
 
     def _hopeful(self) -> bool:
         """May an instance get ready soon, if none is?"""
-        coming = (MemberState.LOADING, MemberState.JOINING)
+        coming = (m.MemberState.LOADING, m.MemberState.JOINING)
         return self.expects_more or any(record.state in coming for record in self._membership.alive())
 
     def _apply(self, changes: Sequence[Change], now: float, error: BaseException | None = None) -> None:
@@ -334,21 +326,21 @@ class Cluster:
         for change in changes:
             record = self._membership.records.get(change.name)
             match change.state:
-                case MemberState.READY if record is not None:
+                case m.MemberState.READY if record is not None:
                     if change.name in self._gateway.router:
                         self._gateway.router.set_role(change.name, record.role)
                     else:
                         self.max_model_len = min(self.max_model_len or record.max_model_len, record.max_model_len)
                         events += self._gateway.add(change.name, record.role, now)
                         self._say(f"{change.name} is ready ({record.role.value})")
-                case MemberState.DRAINING:
+                case m.MemberState.DRAINING:
                     self._gateway.drain(change.name, now)
-                case MemberState.DEAD | MemberState.LEFT:
+                case m.MemberState.DEAD | m.MemberState.LEFT:
                     events += self._gateway.lost(change.name, now)
                     port = self._ports.pop(change.name, None)
                     if port is not None:
                         port.close(change.reason or "it has left")
-                    if change.state is MemberState.DEAD:
+                    if change.state is m.MemberState.DEAD:
                         self._say(f"{change.name} is dead: {change.reason}")
                     self._end_if_alone(f"{change.name} was the last: {change.reason}", error, events)
         self._flush(events)
@@ -393,7 +385,9 @@ class Cluster:
                 self._beat(now)
                 self._apply(self._membership.expire(now), now)
                 self._flush(self._gateway.tick(now))
+                for name in self._gateway.router.beliefs.wanted(now):
+                    self._ports[name].send(m.AskCache())
                 for record in self._membership.alive():
-                    if record.state is MemberState.DRAINING and not self._gateway.at(record.name):
-                        self._ports[record.name].send(Leave())
+                    if record.state is m.MemberState.DRAINING and not self._gateway.at(record.name):
+                        self._ports[record.name].send(m.Leave())
             time.sleep(TICK_S)

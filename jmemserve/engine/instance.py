@@ -14,6 +14,7 @@ from collections.abc import Callable
 from jmemserve.config import InstanceSpec, Role, SwapPolicy
 from jmemserve.engine.aborts import Aborts
 from jmemserve.engine.build import Parts
+from jmemserve.engine.cache_news import CacheTeller
 from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.mailbox import Mailbox
 from jmemserve.engine.messages import FromPeer, Stop
@@ -22,28 +23,14 @@ from jmemserve.engine.pool_report import load_report, pool_report
 from jmemserve.engine.probing import Prober
 from jmemserve.engine.returns import Returns
 from jmemserve.engine.runner import Flight
+from jmemserve.engine.sharing import Sharing
 from jmemserve.errors import TransferError
 from jmemserve.kvpool import Swap
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.node import PoolNode
+from jmemserve.scheduler import messages as m
 from jmemserve.scheduler.costs import CostMeter
 from jmemserve.scheduler.local import LocalScheduler
-from jmemserve.scheduler.messages import (
-    Abort,
-    AskPool,
-    ChangeRole,
-    FromInstance,
-    Leave,
-    Left,
-    MemberState,
-    Move,
-    News,
-    PoolNews,
-    Probe,
-    ResetCache,
-    Roster,
-    Submit,
-)
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
 from jmemserve.types import Event, FinishReason, InstanceLoad, TokenLogprobs, Usage
 
@@ -60,7 +47,7 @@ class Instance:
         parts: Parts,
         send: Callable[[str, tx.Message], None],
         linked: Callable[[str], bool],
-        say: Callable[[FromInstance], None],
+        say: Callable[[m.FromInstance], None],
         on_failure: Callable[[BaseException], None],
         compiles: CompileCounter,
     ):
@@ -83,7 +70,7 @@ class Instance:
             flags=parts.flags,
         )
         self.compiles = compiles
-        self.on_roster: Callable[[Roster], None] = lambda roster: None
+        self.on_roster: Callable[[m.Roster], None] = lambda roster: None
         self.drop_link: Callable[[str], None] = lambda peer: None
         self._by_id: dict[str, Sequence] = {}
         self._aborts = Aborts()
@@ -94,6 +81,7 @@ class Instance:
         self.node.swapper.on_swapped_in = self._costs.swap
         self._moves = Moves(spec.name, self.node, self.scheduler, self._gone)
         self._returns = Returns(self.node)
+        self._sharing, self._teller = Sharing(self.node, say), CacheTeller(parts.pool, say)
         self._prober = Prober(self.node, say, linked)
         self._epochs: dict[str, int] = {}  # of the roster's members
         self._leaving = self._was_ready = False
@@ -160,23 +148,27 @@ class Instance:
         match message:
             case FromPeer():
                 self._on_peer(message.peer, message.message)
-            case Submit():
+            case m.Submit():
                 self._submit(message, now)
-            case Abort():
+            case m.Abort():
                 self._abort(message, now)
-            case Move():
+            case m.Move():
                 self._move(message)
-            case Roster():
+            case m.Share():
+                self._sharing.share(message)
+            case m.AskCache():
+                self._teller.begin()
+            case m.Roster():
                 self._on_roster(message)
-            case Probe():
+            case m.Probe():
                 self._prober.begin(message.peer, message.thorough, now)
-            case ResetCache():
+            case m.ResetCache():
                 self.pool.clear()
-            case ChangeRole():
+            case m.ChangeRole():
                 self._change_role(message.role)
-            case AskPool():
-                self._say(PoolNews(pool_report(self.node)))
-            case Leave():
+            case m.AskPool():
+                self._say(m.PoolNews(pool_report(self.node)))
+            case m.Leave():
                 self._leaving = True
             case _ if callable(message):
                 message()
@@ -186,11 +178,11 @@ class Instance:
     def _flush(self) -> None:
         if self._events:
             events, self._events = self._events, []
-            self._say(News(tuple(events)))
+            self._say(m.News(tuple(events)))
 
     # -- requests ---------------------------------------------------------------------------------------------
 
-    def _submit(self, message: Submit, now: float) -> None:
+    def _submit(self, message: m.Submit, now: float) -> None:
         request = message.request
         if request.id in self._by_id:
             return  # it came twice
@@ -200,7 +192,7 @@ class Instance:
         if not self._was_aborted(seq):
             self._by_id[request.id] = seq
 
-    def _abort(self, message: Abort, now: float) -> None:
+    def _abort(self, message: m.Abort, now: float) -> None:
         seq = self._by_id.get(message.request_id)
         if seq is None:
             self._aborts.remember(message.request_id, message.reason, now)
@@ -245,9 +237,10 @@ class Instance:
             self._end(seq, FinishReason.DEADLINE)
         self.node.poll(now)
         self._prober.poll(now)
+        self._teller.poll(now)
         if self._leaving and not self._by_id and not self._returns:
             self._leaving = False
-            self._say(Left())
+            self._say(m.Left())
         self._aborts.expire(now)
 
     # -- steps ------------------------------------------------------------------------------------------------
@@ -304,7 +297,7 @@ class Instance:
             return False
         return self.node.peers.known(str(seq.decode_hint)) is not None
 
-    def _move(self, message: Move) -> None:
+    def _move(self, message: m.Move) -> None:
         seq = self._by_id.get(message.request_id)
         if seq is not None:
             seq.decode_hint, seq.moving = message.to, message.to != self.spec.name
@@ -347,16 +340,17 @@ class Instance:
             raise TransferError(f"{hello.instance} in epoch {hello.epoch} is not in {self.spec.name}'s roster")
         return self.node.greet(hello).name
 
-    def _on_roster(self, roster: Roster) -> None:
+    def _on_roster(self, roster: m.Roster) -> None:
         """Who is there: what those have here that are not, or not in the same life, is freed (paper section 4.4)."""
         epochs = self._epochs = {member.name: member.epoch for member in roster.members}
         for peer in self.node.peers.names():
             known = self.node.peers.known(peer)
             if known is not None and epochs.get(peer, known.epoch + 1) > known.epoch:
                 self._forget(peer)
-        state = next((m.state for m in roster.members if m.name == self.spec.name), None)
-        if state is MemberState.READY and not self._was_ready:
+        state = next((member.state for member in roster.members if member.name == self.spec.name), None)
+        if state is m.MemberState.READY and not self._was_ready:
             self._was_ready = True
+            self._teller.begin()
             self.node.tally.reset()  # what moved so far was probes
         self.on_roster(roster)
 
@@ -381,6 +375,7 @@ class Instance:
             self._forget(peer)
         self._epochs = {}
         self._was_ready = self._leaving = False
+        self._teller.end()
         self.pool.begin_life(epoch)
 
     def _change_role(self, role: Role) -> None:

@@ -75,8 +75,22 @@ class CostModel:
         return seconds + self.profile.pair_s * (tokens * (tokens + 1) - cached * (cached + 1)) / 2
 
     def decode_step_s(self, running: int, context: int) -> float:
-        """A step of ``running`` sequences with ``context`` tokens in all of them together."""
-        return self._decode_base(running) + context * self.profile.context_s if running else 0.0
+        """A step of ``running`` sequences with ``context`` tokens in all of them together.
+
+        Between the compiled sizes in proportion: the batch will grow and shrink while a sequence is in it.
+        """
+        if running <= 0:
+            return 0.0
+        ones = self._ones or self._packed
+        place = bisect.bisect_left(self._rows or self._sizes, running)
+        if place == 0:
+            base = ones[0][1]
+        elif place == len(ones):
+            base = ones[-1][1] * running / ones[-1][0]
+        else:
+            (low, low_s), (high, high_s) = ones[place - 1], ones[place]
+            base = low_s + (high_s - low_s) * (running - low) / (high - low)
+        return base + context * self.profile.context_s
 
     def transfer_s(self, blocks: int) -> float:
         """Moving so many blocks to another instance; none: nothing is moved."""

@@ -1,6 +1,6 @@
 """The requests in flight: where each of them is, what its client has got, and how it goes on when an instance dies.
 
-    submit ──▶ attempt 1 at (P, D) ──▶ news, in order ──▶ finished
+    submit ──▶ attempt 1 at (P, D) ──▶ news, in order ──▶ finished   (P may get blocks of a peer first: Share)
                    │ P or D is lost
                    ├──▶ attempt 2 elsewhere, from the tokens that the client has ──▶ ...
                    └──▶ parked, while no instance is ready; ended with an error after a time
@@ -17,12 +17,13 @@ from collections.abc import Iterable
 
 from jmemserve.config import Role
 from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable
-from jmemserve.scheduler.messages import Abort, Move, Submit
+from jmemserve.scheduler.messages import Abort, Move, Share, Submit
 from jmemserve.scheduler.router import InstanceState, Router
 from jmemserve.types import Event, FinishReason, Request, Timings, Usage
 
 PARKED_S = 120.0  # how long a request waits for an instance before it fails
 MAX_ATTEMPTS = 6  # in a row without a new token: this request may be what kills the instances
+PULL_S = 5.0  # how long a request waits for a peer's blocks before its instance computes them
 MOVE_AGAIN_S = 2.0  # a move that failed is asked for again after so long
 
 
@@ -42,6 +43,9 @@ class _Ticket:
     parked: float = 0.0
     ending: FinishReason | None = None  # an abort is on its way
     asked: float = 0.0  # when a move was asked for
+    source: str | None = None  # the peer that sends blocks to the first home, which hears of the request after that
+    source_until: float = 0.0
+    decode: str = ""  # where the present attempt is to be decoded
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -56,6 +60,7 @@ class Counts:
     late: int = 0  # news of attempts that are over
     doubled: int = 0  # tokens that had come already
     moves: int = 0  # sequences asked to move
+    pulls: int = 0  # requests for which a peer was asked to send blocks
     failed: int = 0  # requests given up
 
 
@@ -64,7 +69,7 @@ class Gateway:
 
     def __init__(self, router: Router, max_queue: int):
         self.router = router
-        self.outbox: list[tuple[str, Submit | Abort | Move]] = []
+        self.outbox: list[tuple[str, Submit | Abort | Move | Share]] = []
         self.counts = Counts()
         self._max_queue = max_queue
         self._tickets: dict[str, _Ticket] = {}  # by the id of the present attempt
@@ -110,7 +115,7 @@ class Gateway:
         if inner is None:
             return None
         ticket = self._tickets[inner]
-        if not ticket.homes:
+        if not ticket.homes or ticket.source is not None:
             return [self._end(ticket, reason, now)]
         ticket.ending = reason
         self.outbox += [(home, Abort(inner, reason)) for home in dict.fromkeys(ticket.homes)]
@@ -142,6 +147,12 @@ class Gateway:
             )
         return out
 
+    def shared(self, source: str, attempt: str) -> None:
+        """A peer has sent what it could: the request can start. Whatever is over by now is nobody's."""
+        ticket = self._tickets.get(attempt)
+        if ticket is not None and ticket.source == source:
+            self._start(ticket)
+
     def tick(self, now: float) -> list[Event]:
         """What time demands: parked requests find an instance or end; moves that failed are asked for again."""
         out = []
@@ -153,6 +164,9 @@ class Gateway:
                 out.append(self._fail(ticket, f"no instance was ready for {PARKED_S:g} s", now))
             else:
                 self._route(ticket, True, now)
+        for ticket in list(self._tickets.values()):
+            if ticket.source is not None and now > ticket.source_until:
+                self._start(ticket)
         for instance in sorted(self._draining):
             self._move_all(instance, now)
         return out
@@ -174,6 +188,9 @@ class Gateway:
         self._draining.discard(instance)
         self.router.remove(instance)
         out = []
+        for ticket in self._tickets.values():
+            if ticket.source == instance and instance not in ticket.homes:
+                self._start(ticket)
         for ticket in [ticket for ticket in self._tickets.values() if instance in ticket.homes]:
             for home in dict.fromkeys(ticket.homes):
                 if home != instance:
@@ -225,6 +242,8 @@ class Gateway:
         A home may come twice: where it is to go it may be now, and leave on an older wish before it comes back.
         """
         ticket.asked = now
+        if ticket.source is not None:
+            self._start(ticket)  # who is to let it go must have heard of it
         self.outbox += [(home, Move(ticket.request.id, target)) for home in dict.fromkeys(ticket.homes)]
         if target != ticket.homes[-1]:
             ticket.homes = (*ticket.homes, target)
@@ -240,7 +259,7 @@ class Gateway:
         inner = f"r{ticket.number}.{ticket.attempt}"
         ticket.request = dataclasses.replace(ticket.request, id=inner)
         ticket.early.clear()
-        ticket.homes, ticket.parked, ticket.asked = (), now, 0.0
+        ticket.homes, ticket.parked, ticket.asked, ticket.source = (), now, 0.0, None
         self._tickets[inner] = ticket
         self._inner[ticket.outer_id] = inner
         self.counts = dataclasses.replace(self.counts, retries=self.counts.retries + 1)
@@ -254,9 +273,20 @@ class Gateway:
             if patient:
                 return
             raise
-        ticket.homes = tuple(dict.fromkeys((route.prefill, route.decode)))
-        message = Submit(ticket.request, route.decode, tuple(ticket.generated), ticket.first_token)
-        self.outbox.append((route.prefill, message))
+        ticket.homes, ticket.decode = tuple(dict.fromkeys((route.prefill, route.decode))), route.decode
+        if route.source is None:
+            self._start(ticket)
+            return
+        ticket.source, ticket.source_until = route.source, now + PULL_S
+        share = Share(ticket.request.id, ticket.known, ticket.request.salt, route.prefill)
+        self.outbox.append((route.source, share))
+        self.counts = dataclasses.replace(self.counts, pulls=self.counts.pulls + 1)
+
+    def _start(self, ticket: _Ticket) -> None:
+        """The first home hears of the request."""
+        ticket.source = None
+        message = Submit(ticket.request, ticket.decode, tuple(ticket.generated), ticket.first_token)
+        self.outbox.append((ticket.homes[0], message))
 
     @staticmethod
     def _next(ticket: _Ticket) -> tuple[str, Event] | None:
@@ -282,7 +312,7 @@ class Gateway:
             ticket.first_token = ticket.first_token or now
             self.router.on_first_token(inner, now)
         if event.finish is not None:
-            self.router.on_finished(inner, ticket.known, now)
+            self.router.on_finished(inner, ticket.known, now, event.usage.cached_tokens)
             del self._tickets[inner], self._inner[ticket.outer_id]
             ticket.early.clear()
         return dataclasses.replace(event, request_id=ticket.outer_id)

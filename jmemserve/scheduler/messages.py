@@ -1,7 +1,8 @@
 """What a front-end and an instance say to each other. Plain values, the same in one process and between machines.
 
-    front-end ──▶ instance    Submit, Abort, Move, Probe, Roster, ChangeRole, ResetCache, AskPool, Leave
-    instance ──▶ front-end    News, Beat, Ready, Probed, PoolNews, Leaving, Left
+    front-end ──▶ instance    Submit, Abort, Move, Share, Probe, Roster, ChangeRole, ResetCache, AskPool, AskCache,
+                              Leave
+    instance ──▶ front-end    News, Shared, CacheNews, CacheSnapshot, Beat, Ready, Probed, PoolNews, Leaving, Left
 
 Times in them are those of the receiver's monotonic clock: a link between machines shifts them (``shifted``).
 """
@@ -10,6 +11,7 @@ import dataclasses
 import enum
 
 from jmemserve.config import Role
+from jmemserve.kvpool.events import Removed, Snapshot, Stored
 from jmemserve.types import Event, FinishReason, InstanceLoad, PoolReport, Request
 
 
@@ -62,6 +64,16 @@ class Move:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Share:
+    """Send ``to`` what it lacks of the cached prefix of these tokens, and say ``Shared`` when that is over."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+    salt: str
+    to: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Probe:
     """Move a block to a peer to see whether that works, and report with ``Probed``."""
 
@@ -95,6 +107,11 @@ class AskPool:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class AskCache:
+    """Send all that is cached, with ``CacheSnapshot``."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Leave:
     """Finish what still moves to others, then say ``Left``."""
 
@@ -104,6 +121,35 @@ class News:
     """What happened to requests in one step."""
 
     events: tuple[Event, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shared:
+    """A Share is over; the receiver has what it could get."""
+
+    request_id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheNews:
+    """What became cached and what was forgotten; all of them together have numbers without gaps."""
+
+    stored: tuple[Stored, ...]
+    removed: tuple[Removed, ...]
+
+    @property
+    def events(self) -> list[Stored | Removed]:
+        """All of them in order."""
+        return sorted((*self.stored, *self.removed), key=lambda event: event.number)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheSnapshot:
+    """A part of all that is cached; the parts follow each other, and later CacheNews continue them."""
+
+    snapshot: Snapshot
+    first: bool
+    last: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -149,8 +195,8 @@ class Left:
     """Nothing is left here that anybody waits for."""
 
 
-ToInstance = Submit | Abort | Move | Probe | Roster | ChangeRole | ResetCache | AskPool | Leave
-FromInstance = News | Beat | Ready | Probed | PoolNews | Leaving | Left
+ToInstance = Submit | Abort | Move | Share | Probe | Roster | ChangeRole | ResetCache | AskPool | AskCache | Leave
+FromInstance = News | Shared | CacheNews | CacheSnapshot | Beat | Ready | Probed | PoolNews | Leaving | Left
 
 
 def shifted[M](message: M, by: float) -> M:

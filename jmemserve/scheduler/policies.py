@@ -1,76 +1,74 @@
-"""How to choose an instance: pure functions from a view to a name, found by name in ``POLICIES``."""
+"""How to choose instances: pure functions from a request and a view of the cluster to a route, found by name."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from jmemserve.scheduler.cost_routing import cost
+from jmemserve.scheduler.view import Asked, Candidate, Load, Route, View
 
 # What a running sequence costs a newcomer, in tokens of work: it takes its share of every step to come.
 RUNNING_TOKENS = 64.0
-BYPASS_TOKENS = 256  # a longer uncached part would hold up the sequences that are decoded there
-BYPASS_SHARE = 4.0  # so many running sequences make a token at a decode instance cost twice what it costs alone
-HANDOVER_TOKENS = 48.0  # what a hand-over costs besides its bytes, in tokens of work
+# An instance with so much more work than the least busy one loses its affinity: both must be exceeded.
+FAR_ABOVE_TOKENS = 4096.0
+FAR_ABOVE_RATIO = 1.5
+
+Policy = Callable[[Asked, View], Route]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Candidate:
-    """One instance that may be chosen, as the router believes it to be."""
-
-    name: str
-    cached: int  # tokens of the prompt that it holds
-    uncached: int  # the others
-    pending: int  # tokens of other requests that it has yet to compute before their first token
-    running: int  # requests that it works on
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class View:
-    """What a policy sees. There is at least one candidate; their order is that of the cluster's instances."""
-
-    candidates: tuple[Candidate, ...]
-    turn: int  # how many requests were routed before
-    token_cost: float  # of one uncached token: 1 where it is computed, less where it is only moved
-
-
-Policy = Callable[[View], str]
-
-
-def load(candidate: Candidate) -> float:
+def work(load: Load) -> float:
     """The work before a newcomer, in tokens."""
-    return candidate.pending + RUNNING_TOKENS * candidate.running
+    return load.pending + RUNNING_TOKENS * load.running
 
 
-def longest_prefix(view: View) -> str:
-    """The least work until the first token: what waits already and what the cache lacks.
-
-    With equal loads this is the longest cached prefix; a busy instance loses requests that it would serve later than
-    an idle one without the prefix. Ties go to the least load, then to the first.
-    """
-    return min(view.candidates, key=lambda c: (load(c) + view.token_cost * c.uncached, load(c))).name
-
-
-def least_load(view: View) -> str:
-    """The least work waiting, whatever is cached; ties go to the first."""
-    return min(view.candidates, key=load).name
-
-
-def round_robin(view: View) -> str:
+def round_robin(asked: Asked, view: View) -> Route:
     """One after the other."""
-    return view.candidates[view.turn % len(view.candidates)].name
+    prefill = view.prefill[view.turn % len(view.prefill)]
+    decode = prefill if prefill.role.decodes else view.decode[view.turn % len(view.decode)]
+    return _route(view, prefill, decode)
 
 
-def bypasses(prefill: Candidate, decode: Candidate, moved_cost: float) -> bool:
-    """Is a short prompt done sooner if it is prefilled where it will be decoded?
+def least_load(asked: Asked, view: View) -> Route:
+    """The least work waiting, whatever is cached; ties go to the first."""
+    prefill = _least(view.prefill)
+    return _route(view, prefill, prefill if prefill.role.decodes else _least(view.decode))
 
-    There it lacks perhaps more, and every sequence that runs waits for it; but it neither queues nor travels.
+
+def session(asked: Asked, view: View) -> Route:
+    """Where the session's last request was; the least load for a new one (paper table 6)."""
+    there = {candidate.name: candidate for candidate in (*view.prefill, *view.decode)}
+    home = [there.get(name) for name in asked.home or ()]
+    if len(home) < 2 or home[0] is None or home[1] is None:
+        return least_load(asked, view)
+    return _route(view, home[0], home[1])
+
+
+def longest_prefix(asked: Asked, view: View) -> Route:
+    """Who holds most of the prompt (paper section 6); ties go to the least load, then to the first.
+
+    Affinity ends where it would make a hot spot: an instance far above the least busy one is not asked.
     """
-    if decode.uncached > BYPASS_TOKENS:
-        return False
-    here = decode.pending + decode.uncached * (1 + decode.running / BYPASS_SHARE)
-    there = load(prefill) + prefill.uncached + HANDOVER_TOKENS + moved_cost * decode.uncached
-    return here < there
+    prefill = _longest(view, view.prefill)
+    return _route(view, prefill, prefill if prefill.role.decodes else _longest(view, view.decode))
+
+
+def _longest(view: View, candidates: Sequence[Candidate]) -> Candidate:
+    least = min(work(candidate.load) for candidate in candidates)
+    limit = max(least * FAR_ABOVE_RATIO, least + FAR_ABOVE_TOKENS)
+    near = [candidate for candidate in candidates if work(candidate.load) <= limit]
+    return min(near, key=lambda c: (-view.cached(c), work(c.load)))
+
+
+def _least(candidates: Sequence[Candidate]) -> Candidate:
+    return min(candidates, key=lambda candidate: work(candidate.load))
+
+
+def _route(view: View, prefill: Candidate, decode: Candidate) -> Route:
+    return Route(prefill.name, decode.name, view.cached(prefill))
 
 
 POLICIES: dict[str, Policy] = {
+    "cost": cost,
     "longest_prefix": longest_prefix,
+    "session": session,
     "least_load": least_load,
     "round_robin": round_robin,
 }

@@ -1,22 +1,25 @@
 """Which instances a request goes to: one that prefills it and one that decodes it, often the same.
 
-The router knows what it sent and what came back, nothing else: prompt trees (one per role) of what instances are
-believed to hold, and loads counted from its own choices at once, so that a burst does not all go to one instance.
-Pure: ``now`` is an argument, and equal calls give equal routes.
+The router keeps what a policy looks at: the prompt trees, loads counted from its own choices at once (so that a burst
+does not all go to one instance), and what work costs at each instance. Pure: ``now`` is an argument, and equal calls
+give equal routes.
 """
 
 import dataclasses
 import enum
 from collections.abc import Sequence
 
-from jmemserve.config import Bypass, Caching, Role
+from jmemserve.config import Bypass, Caching, EngineConfig, PromptTrees, Role
 from jmemserve.errors import ConfigError, Unavailable
-from jmemserve.scheduler.policies import POLICIES, Candidate, View, bypasses
-from jmemserve.scheduler.prompt_tree import PromptTree
+from jmemserve.scheduler.beliefs import Beliefs, Predictions
+from jmemserve.scheduler.cost_model import CostModel, Profile
+from jmemserve.scheduler.cost_routing import best_decoder
+from jmemserve.scheduler.policies import POLICIES
+from jmemserve.scheduler.sessions import Sessions
+from jmemserve.scheduler.view import UNKNOWN, Asked, Candidate, Load, Route, View
 
-TREE_BLOCKS = 1 << 16  # nodes of one role's tree, some 400 bytes each
-TREE_TTL_S = 600.0
-MOVED_TOKEN_COST = 1 / 16  # of moving a token's keys and values, where computing them is 1
+OUTPUT_TOKENS = 128.0  # what a request is expected to generate before any has ended
+OUTPUT_WEIGHT = 0.02  # of the newest request in the running mean
 
 
 class InstanceState(enum.Enum):
@@ -27,29 +30,9 @@ class InstanceState(enum.Enum):
     DEAD = "dead"  # what it had is lost, its cache too
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Route:
-    """Where a request goes. A role is a preference: ``decode`` may be a prefill instance that nobody relieves."""
-
-    prefill: str
-    decode: str
-    predicted_cached_tokens: int  # of the prompt, at the prefill instance
-
-
-@dataclasses.dataclass(slots=True)
-class Load:
-    """What an instance has to do, of all that was routed to it in its present life."""
-
-    pending: int = 0  # tokens to be computed before a first token
-    running: int = 0  # requests
-
-
-@dataclasses.dataclass(slots=True)
-class _Instance:
-    name: str
-    role: Role
+@dataclasses.dataclass(slots=True, eq=False)
+class _Instance(Candidate):
     state: InstanceState = InstanceState.READY
-    load: Load = dataclasses.field(default_factory=Load)
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,36 +41,48 @@ class _Flight:
 
     tokens: tuple[int, ...]
     salt: str
+    route: Route
     prefill: _Instance
     decode: _Instance
     prefill_load: Load
     decode_load: Load
     pending: int
+    pending_s: float
     started: bool = False
 
 
 class Router:
-    """Routes requests among instances, given as (name, role) in the cluster's order; all have one block size."""
+    """Routes requests among instances, given as (name, role) in the cluster's order; all have one block size.
+
+    ``ttl_s``: the trees learn from responses, and an entry ends after so many seconds (paper section 6). None: they
+    follow what the pools tell of their caches.
+    """
 
     def __init__(
         self,
         instances: Sequence[tuple[str, Role]],
         block_size: int,
-        policy: str = "longest_prefix",
-        tree_blocks: int = TREE_BLOCKS,
-        tree_ttl_s: float = TREE_TTL_S,
+        policy: str = "cost",
         caching: Caching = Caching.FULL,
         bypass: Bypass = Bypass.OFF,
+        ttl_s: float | None = None,
+        slots: int = 1 << 20,
     ):
         if policy not in POLICIES:
             raise ConfigError(f"there is no routing policy {policy!r}; the policies are {', '.join(POLICIES)}")
-        self._policy = POLICIES[policy]
-        self._instances = {name: _Instance(name, role) for name, role in instances}
-        assert len(self._instances) == len(instances), f"instance names are not unique: {instances}"
-        self._caching, self._bypass = caching, bypass
-        self._trees = {role: PromptTree(block_size, tree_blocks, tree_ttl_s) for role in Role}
+        self._policy, self._bypass, self._slots = POLICIES[policy], bypass is Bypass.AUTO, slots
+        self._instances: dict[str, _Instance] = {}
+        self._unknown = CostModel(UNKNOWN)
+        self._output = OUTPUT_TOKENS
+        self._block_size = block_size
         self._flights: dict[str, _Flight] = {}
+        self._sessions = Sessions()
         self._turn = 0
+        self._groups: tuple[list[Candidate], list[Candidate]] | None = None
+        self.beliefs = Beliefs(block_size, caching, ttl_s)
+        for name, role in instances:
+            assert name not in self._instances, f"instance names are not unique: {instances}"
+            self.add(name, role)
 
     def __len__(self) -> int:
         """Requests on their way."""
@@ -96,16 +91,24 @@ class Router:
     def __contains__(self, instance: str) -> bool:
         return instance in self._instances
 
+    @property
+    def predictions(self) -> Predictions:
+        """How well what was predicted to be cached agreed with what was."""
+        return self.beliefs.predictions
+
     def load(self, instance: str) -> Load:
         """A copy of what the router counts for an instance."""
         return dataclasses.replace(self._instances[instance].load)
 
+    # -- instances ----------------------------------------------------------------------------------------------------
+
     def add(self, instance: str, role: Role) -> None:
         """An instance has joined, or begins another life; it gets requests from now on."""
-        old = self._instances.get(instance)
-        if old is not None and old.state is not InstanceState.DEAD:
-            self.set_state(instance, InstanceState.DEAD)
-        self._instances[instance] = _Instance(instance, role)
+        if instance in self._instances:
+            self.remove(instance)
+        self._instances[instance] = _Instance(instance, role, self._unknown, slots=self._slots)
+        self._groups = None
+        self.beliefs.join(instance)
 
     def remove(self, instance: str) -> None:
         """An instance is gone for good. One that is unknown is nothing to do."""
@@ -115,61 +118,70 @@ class Router:
 
     def set_role(self, instance: str, role: Role) -> None:
         """The instance prefers something else; what it holds stays known."""
+        self._instances[instance].role = role
+        self._groups = None
+
+    def set_state(self, instance: str, state: InstanceState) -> None:
+        """Change whether an instance gets requests. A dead one loses its loads and its place in the trees."""
         found = self._instances[instance]
-        if found.role is not role:
-            self._trees[found.role].move(instance, self._trees[role])
-            found.role = role
+        if found.state is not InstanceState.DEAD and state is InstanceState.DEAD:
+            found.load = Load()
+            self.beliefs.leave(instance)
+        elif found.state is InstanceState.DEAD and state is not InstanceState.DEAD:
+            self.beliefs.join(instance)
+        found.state = state
+        self._groups = None
+
+    def set_profile(self, instance: str, profile: Profile) -> None:
+        """What work costs at an instance, as it measured it. Raises ConfigError for one that says nothing."""
+        found = self._instances.get(instance)
+        if found is not None:
+            found.costs, found.measured = CostModel(profile), True
 
     def others(self, instance: str) -> bool:
         """Whether another instance is ready."""
         return any(i.state is InstanceState.READY and i.name != instance for i in self._instances.values())
 
-    def relief(self, tokens: Sequence[int], salt: str, without: str, now: float) -> str | None:
-        """Who should go on with a sequence that leaves an instance; None: nobody else is ready."""
-        ready = [i for i in self._instances.values() if i.state is InstanceState.READY and i.name != without]
-        decoders = [i for i in ready if i.role.decodes] or ready
-        if not decoders:
-            return None
-        return self._pick(decoders, self._held(tokens, salt, now), len(tokens), MOVED_TOKEN_COST).name
+    # -- requests -----------------------------------------------------------------------------------------------------
 
-    def _held(self, tokens: Sequence[int], salt: str, now: float) -> dict[str, int]:
-        held: dict[str, int] = {}
-        for tree in self._trees.values():
-            held.update(tree.match(tokens, now, salt))
-        return held
-
-    def route(self, request_id: str, tokens: Sequence[int], salt: str, now: float) -> Route:
+    def route(self, request_id: str, tokens: Sequence[int], salt: str, now: float, session: str = "") -> Route:
         """Choose instances for a request and count it there until ``on_finished``.
 
         Raises Unavailable if no instance is ready.
         """
         assert request_id not in self._flights, f"request {request_id} is routed already"
-        ready = [instance for instance in self._instances.values() if instance.state is InstanceState.READY]
-        if not ready:
+        prefills, decodes = self._ready()
+        if not prefills:
             raise Unavailable("no instance is ready: all are draining or dead")
-        held = self._held(tokens, salt, now)
-        # Any instance can do either: the role only says who is asked first.
-        prefill = self._pick([i for i in ready if i.role.prefills] or ready, held, len(tokens), 1.0)
-        decode = prefill
-        if not prefill.role.decodes:
-            decoders = [instance for instance in ready if instance.role.decodes]
-            if decoders:
-                decode = self._pick(decoders, held, len(tokens), MOVED_TOKEN_COST)
-        if decode is not prefill and self._bypass is Bypass.AUTO:
-            one, other = (self._candidate(i, held, len(tokens)) for i in (prefill, decode))
-            if bypasses(one, other, MOVED_TOKEN_COST):
-                prefill = decode
-        cached = held.get(prefill.name, 0)
-        pending = len(tokens) - cached
+        home = self._sessions.home(session) if session else None
+        held = self.beliefs.held(tokens, salt, now)
+        asked = Asked(len(tokens), self._output, home)
+        route = self._policy(asked, View(prefills, decodes, held, self._block_size, self._turn, self._bypass))
+        prefill, decode = self._instances[route.prefill], self._instances[route.decode]
+        assert prefill.state is decode.state is InstanceState.READY, (route, prefill.state, decode.state)
         self._turn += 1
-        self._flights[request_id] = _Flight(
-            tuple(tokens), salt, prefill, decode, prefill.load, decode.load, pending=pending
+        flight = _Flight(
+            tuple(tokens),
+            salt,
+            route,
+            prefill,
+            decode,
+            prefill.load,
+            decode.load,
+            pending=len(tokens) - route.predicted_cached_tokens,
+            pending_s=prefill.costs.prefill_s(len(tokens), route.predicted_cached_tokens),
         )
-        prefill.load.pending += pending
+        self._flights[request_id] = flight
+        prefill.load.pending += flight.pending
+        prefill.load.pending_s += flight.pending_s
         prefill.load.running += 1
         if decode is not prefill:
             decode.load.running += 1
-        return Route(prefill.name, decode.name, cached)
+        decode.load.context += len(tokens)
+        if session:
+            self._sessions.went(session, (route.prefill, route.decode))
+        self.beliefs.promise(prefill.name, tokens, salt, now)
+        return route
 
     def on_first_token(self, request_id: str, now: float) -> None:
         """The prompt is computed: the prefill instance has it cached. Unknown and repeated calls do nothing."""
@@ -180,10 +192,11 @@ class Router:
         flight.started = True
         self._learn(flight.prefill, flight.prefill_load, flight.tokens, flight.salt, now)
 
-    def on_finished(self, request_id: str, tokens: Sequence[int], now: float) -> None:
+    def on_finished(self, request_id: str, tokens: Sequence[int], now: float, cached: int | None = None) -> None:
         """The request has ended, in whatever way; ``tokens`` are its prompt and output. Unknown ids do nothing.
 
-        What ended before its first token was perhaps never computed, so nothing is learnt from it.
+        ``cached``: how many tokens of the prompt its instance found in its cache, where it said so. What ended before
+        its first token was perhaps never computed, so nothing is learnt from it.
         """
         flight = self._flights.pop(request_id, None)
         if flight is None:
@@ -191,24 +204,54 @@ class Router:
         if flight.started:
             # The last token was never fed back, so its keys and values were never computed.
             self._learn(flight.decode, flight.decode_load, tokens[:-1], flight.salt, now)
-            if self._caching.returns:
+            if self.beliefs.caching.returns:
                 self._learn(flight.prefill, flight.prefill_load, tokens[:-1], flight.salt, now)
+            made = len(tokens) - len(flight.tokens)
+            self._output += OUTPUT_WEIGHT * (made - self._output)
+            if cached is not None and flight.prefill.load is flight.prefill_load:
+                self.beliefs.compare(
+                    flight.prefill.name, flight.route.predicted_cached_tokens, cached, len(flight.tokens)
+                )
         else:
             self._leave_prefill(flight)
         flight.decode_load.running -= 1
+        flight.decode_load.context -= len(flight.tokens)
+        if not flight.decode_load.running and not flight.decode_load.pending:
+            flight.decode_load.pending_s = 0.0  # what rounding left
 
-    def set_state(self, instance: str, state: InstanceState) -> None:
-        """Change whether an instance gets requests. A dead one loses its loads and its place in the trees."""
-        found = self._instances[instance]
-        found.state = state
-        if state is InstanceState.DEAD:
-            found.load = Load()
-            self._trees[found.role].remove_instance(instance)
+    def relief(self, tokens: Sequence[int], salt: str, without: str, now: float) -> str | None:
+        """Who should go on with a sequence that leaves an instance; None: nobody else is ready."""
+        ready = [i for i in self._instances.values() if i.state is InstanceState.READY and i.name != without]
+        decoders = [i for i in ready if i.role.decodes] or ready
+        if not decoders:
+            return None
+        view = View(decoders, decoders, self.beliefs.held(tokens, salt, now), self._block_size)
+        return best_decoder(Asked(len(tokens), self._output), view, decoders).name
 
     def forget(self) -> None:
         """Every instance has dropped its cache."""
-        for tree in self._trees.values():
-            tree.clear()
+        self.beliefs.forget()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> tuple[list[Candidate], list[Candidate]]:
+        """Who may prefill and who may decode. Any instance can do either: the role only says who is asked first."""
+        if self._groups is None:
+            ready: list[Candidate] = [i for i in self._instances.values() if i.state is InstanceState.READY]
+            self._groups = [i for i in ready if i.role.prefills] or ready, [i for i in ready if i.role.decodes] or ready
+        return self._groups
+
+    def _leave_prefill(self, flight: _Flight) -> None:
+        load = flight.prefill_load
+        load.pending -= flight.pending
+        load.pending_s = max(0.0, load.pending_s - flight.pending_s) if load.pending else 0.0
+        if flight.decode_load is not load:
+            load.running -= 1
+
+    def _learn(self, instance: _Instance, load: Load, tokens: Sequence[int], salt: str, now: float) -> None:
+        """The instance has these tokens cached, if it still is the life that computed them."""
+        if instance.load is load and instance.state is not InstanceState.DEAD:
+            self.beliefs.learn(instance.name, instance.role, tokens, salt, now)
 
     def check(self) -> None:
         """Assert that the loads are the sums over the requests on their way. Slow: for tests."""
@@ -217,32 +260,19 @@ class Router:
             prefills = [f for f in self._flights.values() if f.prefill_load is load and not f.started]
             decodes = [f for f in self._flights.values() if f.decode_load is load]
             running = len(decodes) + sum(f.decode_load is not load for f in prefills)
-            pending = sum(flight.pending for flight in prefills)
-            assert (load.pending, load.running) == (pending, running), (
-                f"{instance.name}: {load}, {pending=}, {running=}"
+            pending, context = sum(f.pending for f in prefills), sum(len(f.tokens) for f in decodes)
+            assert (load.pending, load.running, load.context) == (pending, running, context), (
+                f"{instance.name}: {load}, {pending=}, {running=}, {context=}"
             )
-        for tree in self._trees.values():
-            tree.check()
+            seconds = sum(f.pending_s for f in prefills)
+            assert abs(load.pending_s - seconds) <= 1e-6 * max(1.0, seconds), f"{instance.name}: {load}, {seconds=}"
+        self.beliefs.check()
 
-    def _pick(
-        self, instances: Sequence[_Instance], held: dict[str, int], num_tokens: int, token_cost: float
-    ) -> _Instance:
-        candidates = tuple(self._candidate(instance, held, num_tokens) for instance in instances)
-        return self._instances[self._policy(View(candidates, self._turn, token_cost))]
 
-    @staticmethod
-    def _candidate(instance: _Instance, held: dict[str, int], num_tokens: int) -> Candidate:
-        cached, load = held.get(instance.name, 0), instance.load
-        return Candidate(instance.name, cached, num_tokens - cached, load.pending, load.running)
-
-    def _leave_prefill(self, flight: _Flight) -> None:
-        flight.prefill_load.pending -= flight.pending
-        if flight.decode_load is not flight.prefill_load:
-            flight.prefill_load.running -= 1
-
-    def _learn(self, instance: _Instance, load: Load, tokens: Sequence[int], salt: str, now: float) -> None:
-        """The instance has these tokens cached, if it caches and still is the life that computed them."""
-        if not self._caching.keeps(instance.role):
-            return
-        if instance.load is load and instance.state is not InstanceState.DEAD:
-            self._trees[instance.role].insert(tokens, instance.name, now, salt)
+def make_router(engine: EngineConfig) -> Router:
+    """The router of a cluster that has no instances yet."""
+    learns = engine.prompt_trees is PromptTrees.RESPONSES
+    ttl_s = engine.prompt_tree_ttl_s if learns else None
+    return Router(
+        (), engine.block_size, engine.policy.value, engine.caching, engine.bypass, ttl_s, slots=engine.max_num_seqs
+    )

@@ -6,12 +6,22 @@ from hypothesis import given, settings
 
 from jmemserve.config import Bypass, Caching, Role
 from jmemserve.errors import ConfigError, Unavailable
-from jmemserve.scheduler.policies import POLICIES, Candidate, View, longest_prefix
-from jmemserve.scheduler.router import InstanceState, Load, Router
+from jmemserve.scheduler.policies import POLICIES
+from jmemserve.scheduler.prompt_tree import Holding
+from jmemserve.scheduler.router import InstanceState, Router
+from jmemserve.scheduler.view import Load
 
 PD = [("prefill0", Role.PREFILL), ("prefill1", Role.PREFILL), ("decode0", Role.DECODE), ("decode1", Role.DECODE)]
 MIXED = [("prefill0", Role.PREFILL), ("colocated0", Role.COLOCATED), ("decode0", Role.DECODE)]
 C = 4
+
+
+TTL = 600.0
+
+
+def learner(instances, **more):
+    """A router that learns from responses."""
+    return Router(instances, C, **{"ttl_s": TTL, **more})
 
 
 def serve(router, request_id, tokens, output=(9, 9, 9, 9, 9), now=0.0):
@@ -23,7 +33,7 @@ def serve(router, request_id, tokens, output=(9, 9, 9, 9, 9), now=0.0):
 
 
 def test_a_request_gets_one_of_each_role():
-    route = Router(PD, C).route("r", [1, 2, 3], "", 0.0)
+    route = learner(PD).route("r", [1, 2, 3], "", 0.0)
     assert (route.prefill, route.decode, route.predicted_cached_tokens) == ("prefill0", "decode0", 0)
 
 
@@ -35,7 +45,7 @@ def test_colocated_prefills_and_decodes_at_one_place():
 
 
 def test_a_colocated_instance_that_prefills_decodes_too():
-    router = Router(MIXED, C)
+    router = learner(MIXED)
     routes = [router.route(f"r{number}", [*range(200)], "", 0.0) for number in range(20)]
     assert {route.prefill for route in routes} == {"prefill0", "colocated0"}
     assert all(route.decode == "colocated0" for route in routes if route.prefill == "colocated0")
@@ -43,7 +53,7 @@ def test_a_colocated_instance_that_prefills_decodes_too():
 
 
 def test_a_prefix_is_followed_on_both_sides():
-    router = Router(PD, C)
+    router = learner(PD)
     router.route("busy", [*range(500, 600)], "", 0.0)
     first = serve(router, "a", [*range(100)])
     assert (first.prefill, first.decode) == ("prefill1", "decode1")
@@ -56,32 +66,34 @@ def test_a_prefix_is_followed_on_both_sides():
 
 def test_the_prefill_side_learns_the_prompt_and_the_decode_side_the_answer():
     for caching, at_prefill, at_decode in (
-        (Caching.NONE, 0, {}),
-        (Caching.PREFILL, 8, {}),
-        (Caching.DELTA, 8, {"decode0": 16}),
-        (Caching.FULL, 16, {"decode0": 16}),  # the answer comes back
+        (Caching.NONE, 0, 0),
+        (Caching.PREFILL, 8, 0),
+        (Caching.DELTA, 8, 16),
+        (Caching.FULL, 16, 16),  # the answer comes back
     ):
-        router = Router([("prefill0", Role.PREFILL), ("decode0", Role.DECODE)], C, caching=caching)
+        router = learner([("prefill0", Role.PREFILL), ("decode0", Role.DECODE)], caching=caching)
         serve(router, "a", [*range(8)], [*range(8, 17)])
-        assert serve(router, "b", [*range(17)]).predicted_cached_tokens == at_prefill
-        assert router._trees[Role.DECODE].match([*range(18)], 0.0) == at_decode
+        held = router.beliefs.held([*range(17)], "", 0.0)
+        assert held.get("prefill0", Holding(0, 0)).blocks * C == at_prefill
+        assert held.get("decode0", Holding(0, 0)).blocks * C == at_decode
 
 
 def test_what_never_started_is_not_believed_cached():
-    router = Router(PD, C)
+    router = learner(PD)
     router.route("a", [*range(100)], "", 0.0)
     router.on_finished("a", [*range(100)], 0.0)
-    assert router.route("b", [*range(100)], "", 0.0).predicted_cached_tokens == 0
+    later = 100.0  # what was promised is forgotten
+    assert router.route("b", [*range(100)], "", later).predicted_cached_tokens == 0
 
 
 def test_salts_do_not_share():
-    router = Router(PD, C)
+    router = learner(PD)
     serve(router, "a", [*range(100)])
     assert router.route("b", [*range(100)], "salt", 0.0).predicted_cached_tokens == 0
 
 
 def test_beliefs_end():
-    router = Router(PD, C, tree_ttl_s=60.0)
+    router = learner(PD, ttl_s=60.0)
     serve(router, "a", [*range(100)], now=0.0)
     assert serve(router, "b", [*range(100)], now=59.0).predicted_cached_tokens == 96
     assert serve(router, "c", [*range(100)], now=120.0).predicted_cached_tokens == 0
@@ -89,7 +101,7 @@ def test_beliefs_end():
 
 def test_affinity_gives_way_to_load():
     """A popular prefix spreads: who holds it does not get every request."""
-    router = Router(PD, C)
+    router = learner(PD)
     serve(router, "a", [*range(64)])
     routes = [router.route(f"r{number}", [*range(64), number], "", 0.0) for number in range(20)]
     assert routes[0].prefill == "prefill0"
@@ -97,7 +109,7 @@ def test_affinity_gives_way_to_load():
 
 
 def test_a_burst_is_spread_before_any_answer_comes():
-    router = Router(PD, C)
+    router = learner(PD)
     routes = [router.route(f"r{number}", [number] * 50, "", 0.0) for number in range(10)]
     for place in ("prefill0", "prefill1"):
         assert sum(route.prefill == place for route in routes) == 5
@@ -105,35 +117,25 @@ def test_a_burst_is_spread_before_any_answer_comes():
 
 
 def test_round_robin_takes_turns():
-    router = Router(PD, C, policy="round_robin")
+    router = learner(PD, policy="round_robin")
     routes = [serve(router, f"r{number}", [1, 2, 3]) for number in range(4)]
     assert [route.prefill for route in routes] == ["prefill0", "prefill1"] * 2
 
 
 def test_least_load_ignores_the_cache():
-    router = Router(PD, C, policy="least_load")
+    router = learner(PD, policy="least_load")
     serve(router, "a", [*range(100)])
     router.route("b", [5], "", 0.0)
     assert router.route("c", [*range(100)], "", 0.0).prefill == "prefill1"
 
 
 def test_an_unknown_policy_is_refused_by_name():
-    with pytest.raises(ConfigError, match="longest_prefix, least_load, round_robin"):
-        Router(PD, C, policy="random")
-
-
-def test_longest_prefix_breaks_ties_by_load_then_order():
-    def view(*candidates):
-        return View(candidates, 0, 1.0)
-
-    a, b = Candidate("a", 0, 100, 0, 0), Candidate("b", 0, 100, 0, 0)
-    assert longest_prefix(view(a, b)) == "a"
-    busy = Candidate("a", 64, 36, 64, 0)
-    assert longest_prefix(view(busy, b)) == "b"
+    with pytest.raises(ConfigError, match="cost, longest_prefix, session, least_load, round_robin"):
+        learner(PD, policy="random")
 
 
 def test_other_roles_are_asked_when_none_of_the_right_one_is_left():
-    router = Router(PD, C)
+    router = learner(PD)
     for name in ("decode0", "decode1"):
         router.set_state(name, InstanceState.DEAD)
     route = router.route("a", [1], "", 0.0)
@@ -148,7 +150,7 @@ def test_other_roles_are_asked_when_none_of_the_right_one_is_left():
 
 
 def test_lesson_18_a_flapping_instance_has_no_ghost_loads():
-    router = Router(PD, C)
+    router = learner(PD)
     serve(router, "warm", [*range(100)])
     route = router.route("a", [*range(100)], "", 0.0)
     router.on_first_token("a", 0.0)
@@ -167,7 +169,7 @@ def test_lesson_18_a_flapping_instance_has_no_ghost_loads():
     assert [router.load(name) for name, _ in PD] == before
     router.on_finished("c", (), 0.0)
     assert all(router.load(name) == Load(0, 0) for name, _ in PD)
-    assert router.route("d", [*range(100)], "", 0.0).predicted_cached_tokens == 0  # the new lives have cold caches
+    assert router.route("d", [*range(100)], "", 100.0).predicted_cached_tokens == 0  # the new lives have cold caches
     router.check()
 
 
@@ -177,7 +179,8 @@ def test_random_histories(data):
     """Never to an instance that is not ready; equal histories give equal routes; counters end at zero; bounded."""
     instances = data.draw(st.sampled_from([PD, MIXED]))
     policy = data.draw(st.sampled_from(sorted(POLICIES)))
-    routers = [Router(instances, C, policy, tree_blocks=20, tree_ttl_s=5.0) for _ in range(2)]
+    bypass, ttl_s = data.draw(st.sampled_from(list(Bypass))), data.draw(st.sampled_from([None, 5.0]))
+    routers = [Router(instances, C, policy, bypass=bypass, ttl_s=ttl_s) for _ in range(2)]
     states = {name: InstanceState.READY for name, _ in instances}
     flights, now = {}, 0.0
     for number in range(data.draw(st.integers(1, 40))):
@@ -190,10 +193,12 @@ def test_random_histories(data):
                     with pytest.raises(Unavailable):
                         router.route(request_id, tokens, "", now)
                 continue
-            one, other = (router.route(request_id, tokens, "", now) for router in routers)
+            session = data.draw(st.sampled_from(["", "one"]))
+            one, other = (router.route(request_id, tokens, "", now, session) for router in routers)
             assert one == other
             assert states[one.prefill] is states[one.decode] is InstanceState.READY
             assert 0 <= one.predicted_cached_tokens < len(tokens)
+            assert one.source is None or one.source in states and one.source != one.prefill
             flights[request_id] = tokens
         elif what == "state":
             name, state = data.draw(st.sampled_from(sorted(states))), data.draw(st.sampled_from(InstanceState))
@@ -238,7 +243,7 @@ def test_a_busy_decode_instance_is_not_bothered_with_prompts():
 
 
 def test_instances_come_go_and_change_their_role():
-    router = Router((), C)
+    router = learner(())
     with pytest.raises(Unavailable):
         router.route("r", [1], "", 0.0)
     router.add("a", Role.PREFILL)

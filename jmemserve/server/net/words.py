@@ -63,12 +63,22 @@ TO_INSTANCE = Codec(
         enumerate(
             (
                 *(m.Submit, m.Abort, m.Move, m.Probe, m.Roster, m.ChangeRole, m.ResetCache, m.AskPool, m.Leave),
+                *(m.Share, m.AskCache),
                 Refused,
             )
         )
     )
 )
-FROM_INSTANCE = Codec(dict(enumerate((m.News, m.Beat, m.Ready, m.Probed, m.PoolNews, m.Leaving, m.Left))))
+FROM_INSTANCE = Codec(
+    dict(
+        enumerate(
+            (
+                *(m.News, m.Beat, m.Ready, m.Probed, m.PoolNews, m.Leaving, m.Left),
+                *(m.Shared, m.CacheNews, m.CacheSnapshot),
+            )
+        )
+    )
+)
 BETWEEN_PEERS = Codec(
     dict(
         enumerate(
