@@ -126,6 +126,7 @@ class _Output:
         if model.text is not None:
             decode = functools.partial(model.text.decode, skip_special_tokens=request.params.skip_special_tokens)
             self._detokenizer = Detokenizer(decode, request.prompt)
+        self._in_one_go = not request.params.stop and not request.params.min_tokens
         self._num_tokens = 0  # delivered
         self._end: Finished | None = None
 
@@ -152,6 +153,12 @@ class _Output:
         text = ""
         last: Event | None = None
         for event in events:
+            if self._in_one_go:  # no token can be the last but for the engine's own reasons
+                tokens += event.tokens
+                logprobs += event.logprobs
+                if event.finish is not None:
+                    last = event
+                continue
             for place, token in enumerate(event.tokens):
                 if self.matched:
                     break  # made before the engine heard of the match
@@ -160,6 +167,8 @@ class _Output:
                 text += self._push(token)
             if event.finish is not None:
                 last = event
+        if self._in_one_go and tokens:
+            text = self._push(*tokens)
         if last is not None and not self.matched:
             text += self._flush()
         messages: list[Message] = []
@@ -182,11 +191,11 @@ class _Output:
         self._end = Finished(self._request_id, self._index, FinishReason.ERROR, error=error)
         return self._end
 
-    def _push(self, token: int) -> str:
-        self._num_tokens += 1
+    def _push(self, *tokens: int) -> str:
+        self._num_tokens += len(tokens)
         if self._detokenizer is None:
             return ""
-        piece = self._detokenizer.push(token)
+        piece = self._detokenizer.push(*tokens)
         return piece if self._num_tokens <= self._min_tokens else self._matcher.push(piece)
 
     def _flush(self) -> str:
