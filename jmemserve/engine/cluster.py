@@ -19,6 +19,7 @@ from jmemserve.config import ClusterSpec, Role
 from jmemserve.engine.checks import check_request
 from jmemserve.engine.report import Report
 from jmemserve.errors import JmemserveError, Unavailable, UnknownRequest
+from jmemserve.scheduler.admission import Limits
 from jmemserve.scheduler.gateway import Gateway
 from jmemserve.scheduler.membership import Change, Membership, Record
 from jmemserve.scheduler.messages import (
@@ -86,7 +87,7 @@ class Cluster:
         self._changed = threading.Condition(self._lock)
         engine = spec.engine
         router = Router((), engine.block_size, caching=engine.caching, bypass=engine.bypass)
-        self._gateway = Gateway(router, engine.max_queue)
+        self._gateway = Gateway(router, Limits.of(engine))
         self._membership = Membership(engine.heartbeat_timeout_s)
         self._ports: dict[str, Port] = {}
         self._pool_news: dict[str, PoolReport] = {}
