@@ -199,7 +199,10 @@ class EngineConfig:
             need(value is None or value >= 0, f"--{flag.replace('_', '-')} must be 0 or more, not {value}")
         share, delay = self.max_queue_per_tenant, self.max_queue_delay_s
         need(share is None or share >= 1, f"--max-queue-per-tenant must be at least 1, not {share}")
-        need(delay is None or 0 < delay <= 86400, f"--max-queue-delay must be from 0 to 86400 seconds, not {delay}")
+        need(
+            delay is None or 0 < delay <= 86400,
+            f"--max-queue-delay must be above 0 and at most 86400 seconds, not {delay}",
+        )
         if self.tenant_weights is not None:
             parse_weights(self.tenant_weights)
         need(0 <= self.seed < 2**63, f"--seed must be from 0 to 2**63 - 1, not {self.seed}")
