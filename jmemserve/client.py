@@ -22,7 +22,7 @@ from jmemserve.server import jmemserve_pb2_grpc as pb_grpc
 from jmemserve.server import wire
 from jmemserve.server.messages import Delta, Finished, Message, Output, fold
 from jmemserve.server.status import error_of
-from jmemserve.types import ClusterReport, InstanceLoad, PoolReport, SamplingParams
+from jmemserve.types import ClusterReport, InstanceLoad, PoolReport, SamplingParams, check_standing
 
 __all__ = ["AsyncClient", "Client", "Delta", "Finished", "Message", "Output", "Prompt"]
 
@@ -44,9 +44,15 @@ def make_request(
     request_id: str = "",
     cache_salt: str = "",
     template_arguments: Mapping[str, Any] | None = None,
+    *,
+    session: str = "",
+    tenant: str = "",
+    priority: int = 0,
 ) -> pb.GenerateRequest:
     """The message of a Generate call. Raises InvalidRequest for what has no place in one."""
-    request = pb.GenerateRequest(request_id=request_id, cache_salt=cache_salt)
+    check_standing(session, tenant, priority)
+    request = pb.GenerateRequest(request_id=request_id, cache_salt=cache_salt, session=session, tenant=tenant)
+    request.priority = priority
     request.sampling.CopyFrom(wire.params_to_wire(params or SamplingParams()))
     if isinstance(prompt, str):
         request.text = prompt
@@ -83,10 +89,14 @@ class Client:
         request_id: str = "",
         cache_salt: str = "",
         template_arguments: Mapping[str, Any] | None = None,
+        session: str = "",
+        tenant: str = "",
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> Generator[Message]:
         """Yield deltas as they are made and a Finished per output. Closing the generator cancels the request."""
-        request = make_request(prompt, params, request_id, cache_salt, template_arguments)
+        standing: Any = {"session": session, "tenant": tenant, "priority": priority}
+        request = make_request(prompt, params, request_id, cache_salt, template_arguments, **standing)
         with _errors():
             call = self._inference.Generate(request, timeout=timeout_s)
             try:
@@ -195,10 +205,14 @@ class AsyncClient:
         request_id: str = "",
         cache_salt: str = "",
         template_arguments: Mapping[str, Any] | None = None,
+        session: str = "",
+        tenant: str = "",
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Message]:
         """Yield deltas as they are made and a Finished per output. Closing the generator cancels the request."""
-        request = make_request(prompt, params, request_id, cache_salt, template_arguments)
+        standing: Any = {"session": session, "tenant": tenant, "priority": priority}
+        request = make_request(prompt, params, request_id, cache_salt, template_arguments, **standing)
         with _errors():
             call = self.inference.Generate(request, timeout=timeout_s)
             try:

@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     parser.add_argument("--request-id", metavar="ID", default="", help="id for --abort and the server's log")
     parser.add_argument("--cache-salt", metavar="TEXT", default="", help="share cached prefixes only within this salt")
+    parser.add_argument("--session", metavar="ID", default="", help="serve it where the session's other requests were")
+    parser.add_argument("--tenant", metavar="NAME", default="", help="who asks: tenants that wait are served fairly")
+    parser.add_argument("--priority", type=int, metavar="N", default=0, help="higher goes first (default: 0)")
     parser.add_argument("--timeout", type=float, metavar="S", help="give up after this many seconds")
     parser.add_argument("--json", action="store_true", help="print one JSON object when all is done")
     return parser
@@ -160,6 +163,9 @@ def _generate(client: Client, arguments: argparse.Namespace) -> int:
         params,
         request_id=arguments.request_id,
         cache_salt=arguments.cache_salt,
+        session=arguments.session,
+        tenant=arguments.tenant,
+        priority=arguments.priority,
         timeout_s=arguments.timeout,
     )
     for message in stream:

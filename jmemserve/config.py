@@ -13,6 +13,7 @@ Instances take devices in the order they are written, each as many as its axes m
 
 import dataclasses
 import enum
+import math
 import re
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from jmemserve.errors import ConfigError
 from jmemserve.kvpool.transfer.messages import Granularity
 
 MAX_INSTANCES = 1024
+MAX_WEIGHTS = 1024
+LEAST_WEIGHT = 0.001  # and the greatest is 1 / that
 
 
 class Role(enum.Enum):
@@ -161,6 +164,9 @@ class EngineConfig:
     max_num_seqs: int = 16  # sequences in one step
     max_num_batched_tokens: int = 512  # new tokens in one step
     max_queue: int = 1024  # requests waiting in the whole cluster before new ones are refused
+    max_queue_per_tenant: int | None = None  # the same of one tenant; None: any
+    max_queue_delay_s: float | None = None  # predicted seconds until a first token above which it is refused; None: any
+    tenant_weights: str | None = None  # "name=2,other=1"; of a tenant that is not named: 1
     heartbeat_timeout_s: float = 10.0  # an instance that was silent for so long is dead
     warmup: Warmup = Warmup.FULL
     compilation_cache_dir: str | None = None  # None: off
@@ -215,6 +221,14 @@ class EngineConfig:
         for flag in ("salt_quota_tokens", "salt_quota_host_tokens"):
             value = getattr(self, flag)
             need(value is None or value >= 0, f"--{flag.replace('_', '-')} must be 0 or more, not {value}")
+        share, delay = self.max_queue_per_tenant, self.max_queue_delay_s
+        need(share is None or share >= 1, f"--max-queue-per-tenant must be at least 1, not {share}")
+        need(
+            delay is None or 0 < delay <= 86400,
+            f"--max-queue-delay must be above 0 and at most 86400 seconds, not {delay}",
+        )
+        if self.tenant_weights is not None:
+            parse_weights(self.tenant_weights)
         need(0 <= self.seed < 2**63, f"--seed must be from 0 to 2**63 - 1, not {self.seed}")
 
 
@@ -287,6 +301,29 @@ def _parse_axes(text: str, axes: str | None) -> int:
     if not size.isdecimal() or not 1 <= int(size) <= 1 << 16:
         raise ConfigError(f"--mesh {text!r}: the size in {axes!r} must be a positive whole number")
     return int(size)
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """The weights of tenants, "name=2,other=1". Raises ConfigError that names the part it cannot read."""
+    weights: dict[str, float] = {}
+    parts = text.split(",") if text.strip() else []
+    if len(parts) > MAX_WEIGHTS:
+        raise ConfigError(f"--tenant-weights names {len(parts)} tenants; {MAX_WEIGHTS} are possible")
+    for part in parts:
+        name, equals, number = part.strip().rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not equals or not name or not LEAST_WEIGHT <= weight <= 1 / LEAST_WEIGHT:
+            raise ConfigError(
+                f"--tenant-weights: cannot read {part!r}; write NAME=WEIGHT,NAME=WEIGHT with weights from "
+                f"{LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}"
+            )
+        if name in weights:
+            raise ConfigError(f"--tenant-weights names {name!r} twice")
+        weights[name] = weight
+    return weights
 
 
 def demo_folder() -> Path:

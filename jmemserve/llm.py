@@ -54,13 +54,19 @@ class LLM:
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        session: str = "",
+        tenant: str = "",
+        priority: int = 0,
     ) -> list[Output]:
         """The outputs of all prompts, in their order (with n > 1, the n of a prompt one after the other).
 
-        ``prompts`` are texts or lists of token ids, ``params`` one for all or one each. Raises InvalidRequest before
-        anything is run, or Unavailable if the engine has failed.
+        ``prompts`` are texts or lists of token ids, ``params`` one for all or one each; ``session``, ``tenant`` and
+        ``priority`` are those of all. Raises InvalidRequest before anything is run, or Unavailable if the engine has
+        failed.
         """
-        generations = self._prepare([prompts] if isinstance(prompts, str) else prompts, params)
+        standing = {"session": session, "tenant": tenant, "priority": priority}
+        generations = self._prepare([prompts] if isinstance(prompts, str) else prompts, params, standing)
         owners = {id: generation for generation in generations for id in generation.ids}
         messages: dict[str, list[Message]] = {generation.request_id: [] for generation in generations}
         todo = [generation.begin() for generation in reversed(generations)]  # a stack; the first is on top
@@ -86,7 +92,10 @@ class LLM:
         return [output for generation in generations for output in fold(messages[generation.request_id])]
 
     def _prepare(
-        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        standing: dict[str, Any],
     ) -> list[Generation]:
         """A generation per prompt, each checked."""
         if not isinstance(prompts, Sequence) or any(isinstance(prompt, int) for prompt in prompts):
@@ -104,7 +113,8 @@ class LLM:
                 raise InvalidRequest("the prompt is empty; give some text")
             tokens = self._model.encode_text(prompt) if isinstance(prompt, str) else tuple(prompt)
             name, seed = f"llm-{next(self._numbers)}", self._seeds.getrandbits(63)
-            generations.append(Generation(self._model, name, tokens, own, seed, arrival=time.monotonic()))
+            arrival = time.monotonic()
+            generations.append(Generation(self._model, name, tokens, own, seed, arrival=arrival, **standing))
         return generations
 
     def _submit(self, todo: list[Request], running: set[str]) -> None:

@@ -21,6 +21,8 @@ MAX_LOGPROBS = 20  # how many alternatives per token a request may ask for
 MAX_STOP_IDS = 32  # how many stop token ids (with the model's own) one request may have
 MAX_STOP_STRINGS = 16
 MAX_N = 64
+MAX_NAME = 256  # characters of a session and of a tenant
+MAX_PRIORITY = 100  # and as much below 0
 
 
 class FinishReason(enum.Enum):
@@ -135,6 +137,22 @@ class Request:
     arrival: float = 0.0  # seconds on the server's monotonic clock
     deadline: float | None = None  # same clock; None: no deadline
     follows: str = ""  # id of the first output of the same call: a later output is part of work accepted before
+    session: str = ""  # requests of one session are best served by the same instance; a hint
+    tenant: str = ""  # who asks, for fair share; empty: the salt stands for it
+    priority: int = 0  # higher goes first
+    rank: float = 0.0  # place in the fair order of all requests, in tokens; set by the gateway, lower goes first
+
+
+def check_standing(session: str, tenant: str, priority: int) -> None:
+    """Raise InvalidRequest, naming the field, if these cannot be those of a request."""
+    for name, value in (("session", session), ("tenant", tenant)):
+        if not isinstance(value, str) or len(value) > MAX_NAME:
+            shown = f"{len(value)}" if isinstance(value, str) else repr(value)
+            raise InvalidRequest(f"{name} must be a text of at most {MAX_NAME} characters, not {shown}")
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise InvalidRequest(
+            f"priority must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}, not {priority!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from jmemserve.engine.checks import check_request
 from jmemserve.engine.report import Report
 from jmemserve.errors import JmemserveError, Unavailable, UnknownRequest
 from jmemserve.scheduler import messages as m
+from jmemserve.scheduler.admission import Limits
 from jmemserve.scheduler.gateway import Gateway
 from jmemserve.scheduler.membership import Change, Membership, Record
 from jmemserve.scheduler.router import make_router
@@ -69,7 +70,7 @@ class Cluster:
         self._report, self._on_events = report, on_events
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._gateway = Gateway(make_router(spec.engine), spec.engine.max_queue)
+        self._gateway = Gateway(make_router(spec.engine), Limits.of(spec.engine))
         self._membership = Membership(spec.engine.heartbeat_timeout_s)
         self._ports: dict[str, Port] = {}
         self._pool_news: dict[str, PoolReport] = {}

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import math
 
-from jmemserve.errors import TransferError
+from jmemserve.errors import InvalidRequest, TransferError
 from jmemserve.scheduler.sequence import Sequence, Stamps
-from jmemserve.types import Request, SamplingParams
+from jmemserve.types import Request, SamplingParams, check_standing
 
 
 def pack_sequence(seq: Sequence, now: float, origin: str | None = None) -> bytes:
@@ -25,6 +26,10 @@ def pack_sequence(seq: Sequence, now: float, origin: str | None = None) -> bytes
         "arrival": request.arrival - now,
         "deadline": None if request.deadline is None else request.deadline - now,
         "follows": request.follows,
+        "session": request.session,
+        "tenant": request.tenant,
+        "priority": request.priority,
+        "rank": request.rank,
         "rest": seq.tokens[seq.landed :],  # known, not yet computed
         "cached_tokens": seq.cached_tokens,
         "stamps": {name: stamp - now for name, stamp in dataclasses.asdict(seq.stamps).items() if stamp},
@@ -49,13 +54,20 @@ def unpack_sequence(private: bytes, computed: tuple[int, ...], decode_hint: str,
             arrival=state["arrival"] + now,
             deadline=None if deadline is None else deadline + now,
             follows=state["follows"],
+            session=state["session"],
+            tenant=state["tenant"],
+            priority=state["priority"],
+            rank=float(state["rank"]),
         )
         request.params.check()
+        check_standing(request.session, request.tenant, request.priority)
+        if not math.isfinite(request.rank):
+            raise ValueError(f"rank {request.rank}")
         stamps = Stamps(**{name: stamp + now for name, stamp in state["stamps"].items()})
         seq = Sequence(request, tokens, decode_hint, stamps=stamps)
         seq.cached_tokens, seq.origin = int(state["cached_tokens"]), state["origin"]
         if not isinstance(seq.origin, str | None):
             raise TypeError(f"origin {seq.origin!r}")
-    except (ValueError, KeyError, TypeError) as error:
+    except (InvalidRequest, ValueError, KeyError, TypeError) as error:
         raise TransferError(f"a sequence came without a proper state: {error!r}") from error
     return seq

@@ -313,7 +313,7 @@ class Instance:
     # -- taking a sequence in ---------------------------------------------------------------------------------
 
     def _on_peer(self, peer: str, message: tx.Message) -> None:
-        # Whoever waits here for blocks is older than a newcomer: nobody is adopted before it has got them.
+        # Those who wait here get blocks first. A newcomer of whatever rank loses nothing: it goes on where it is.
         crowded = bool(self.scheduler.waiting) or len(self._by_id) >= 2 * self.scheduler.max_seqs
         if isinstance(message, tx.Offer) and message.flags & tx.Flags.CLAIM and (crowded or self._leaving):
             if self.node.peers.known(peer) is not None:

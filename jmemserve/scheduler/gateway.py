@@ -8,7 +8,8 @@
 Every attempt has an id of its own, so what a former one still says (a zombie, a message that was late) is nobody's and
 is dropped. News carry their place in the output: two instances reach this by different links, so what comes early waits
 and what comes twice is cut off. Since a token depends on the text before it, the seed and its position alone, an
-attempt continues the output as if nothing had happened. Pure: ``now`` is an argument (monotonic seconds).
+attempt continues the output as if nothing had happened. Who goes first is decided when a request is accepted, by
+``fairness``, and holds for all its attempts. Pure: ``now`` is an argument (monotonic seconds).
 """
 
 import dataclasses
@@ -17,8 +18,10 @@ from collections.abc import Iterable
 
 from jmemserve.config import Role
 from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable
+from jmemserve.scheduler.admission import Limits, in_line
+from jmemserve.scheduler.fairness import FairShare, order, tenant_of
 from jmemserve.scheduler.messages import Abort, Move, Share, Submit
-from jmemserve.scheduler.router import InstanceState, Router
+from jmemserve.scheduler.router import InstanceState, Route, Router
 from jmemserve.types import Event, FinishReason, Request, Timings, Usage
 
 PARKED_S = 120.0  # how long a request waits for an instance before it fails
@@ -36,6 +39,7 @@ class _Ticket:
     number: int
     attempt: int = 1
     homes: tuple[str, ...] = ()  # where the present attempt may be, in the order that it goes there; (): parked
+    uncached: int = 0  # tokens that the first of them has to compute, as the router believes
     generated: list[int] = dataclasses.field(default_factory=list)
     first_token: float = 0.0
     early: dict[int, tuple[str, Event]] = dataclasses.field(default_factory=dict)  # (from whom, what) by place
@@ -67,11 +71,12 @@ class Counts:
 class Gateway:
     """Requests among the router's instances. Messages for instances gather in ``outbox``; methods return events."""
 
-    def __init__(self, router: Router, max_queue: int):
+    def __init__(self, router: Router, limits: Limits):
         self.router = router
         self.outbox: list[tuple[str, Submit | Abort | Move | Share]] = []
         self.counts = Counts()
-        self._max_queue = max_queue
+        self._limits = limits
+        self._shares = FairShare(dict(limits.weights))
         self._tickets: dict[str, _Ticket] = {}  # by the id of the present attempt
         self._inner: dict[str, str] = {}  # the caller's id -> the id of the present attempt
         self._numbers = itertools.count(1)
@@ -93,19 +98,29 @@ class Gateway:
     def submit(self, request: Request, now: float, accepted: bool = False, patient: bool = False) -> None:
         """Start a request whose limits are resolved.
 
-        ``accepted``: it is part of work that was accepted before, and the queue does not refuse it. ``patient``: it may
-        wait for an instance, since one is about to come. Raises DuplicateRequest, Overloaded (too many wait for their
-        first token) or Unavailable (no instance).
+        ``accepted``: it is part of work that was accepted before, and no limit refuses it. ``patient``: it may wait for
+        an instance, since one is about to come. Raises DuplicateRequest, Overloaded (too many wait for their first
+        token, or it would wait too long) or Unavailable (no instance); then nothing is changed.
         """
         if request.id in self._inner:
             raise DuplicateRequest(f"a request with id {request.id!r} is in flight; use another id, or wait for it")
-        waiting = sum(not ticket.generated for ticket in self._tickets.values())
-        if waiting >= self._max_queue and not accepted:
-            raise Overloaded(f"{waiting} requests wait already (--max-queue); try again later", retry_after_s=1.0)
+        if not accepted:
+            self._limits.check_queue(self._shares.waiting, self._shares.waiting_of(tenant_of(request)))
         number = next(self._numbers)
         inner = f"r{number}.1"
         ticket = _Ticket(request.id, dataclasses.replace(request, id=inner), number, parked=now)
-        self._route(ticket, patient, now)
+        route = self._choose(ticket, patient, now)
+        rank = self._shares.enter(request, route.predicted_cached_tokens if route is not None else 0)
+        ticket.request = dataclasses.replace(ticket.request, rank=rank)
+        if route is not None:
+            try:
+                if not accepted:
+                    self._check_delay(ticket, route, now)
+            except Overloaded:
+                self._shares.leave(request.id, 0)
+                self.router.on_finished(inner, ticket.known, now)
+                raise
+            self._send(ticket, route, now)
         self._tickets[inner] = ticket
         self._inner[request.id] = inner
 
@@ -163,7 +178,7 @@ class Gateway:
             elif now - ticket.parked > PARKED_S:
                 out.append(self._fail(ticket, f"no instance was ready for {PARKED_S:g} s", now))
             else:
-                self._route(ticket, True, now)
+                self._route(ticket, now)
         for ticket in list(self._tickets.values()):
             if ticket.source is not None and now > ticket.source_until:
                 self._start(ticket)
@@ -263,16 +278,42 @@ class Gateway:
         self._tickets[inner] = ticket
         self._inner[ticket.outer_id] = inner
         self.counts = dataclasses.replace(self.counts, retries=self.counts.retries + 1)
-        self._route(ticket, True, now)
+        self._route(ticket, now)
 
-    def _route(self, ticket: _Ticket, patient: bool, now: float) -> None:
-        """Send the present attempt to an instance. Raises Unavailable if none is ready, unless it may be parked."""
+    def _route(self, ticket: _Ticket, now: float) -> None:
+        """Send the present attempt to an instance, if one is ready."""
+        route = self._choose(ticket, True, now)
+        if route is not None:
+            self._send(ticket, route, now)
+
+    def _choose(self, ticket: _Ticket, patient: bool, now: float) -> Route | None:
+        """Instances for the present attempt; None: it is parked. Raises Unavailable if it cannot be."""
         try:
-            route = self.router.route(ticket.request.id, ticket.known, ticket.request.salt, now)
+            route = self.router.route(ticket.request.id, ticket.known, ticket.request.salt, now, ticket.request.session)
         except Unavailable:
             if patient:
-                return
+                return None
             raise
+        ticket.uncached = len(ticket.known) - route.predicted_cached_tokens
+        return route
+
+    def _check_delay(self, ticket: _Ticket, route: Route, now: float) -> None:
+        """Raise Overloaded if its first token is predicted too late."""
+        if not route.predicted_ttft_s or self._limits.max_queue_delay_s is None:
+            return
+        ahead = behind = 0
+        for other in self._tickets.values():
+            if not other.generated and other.homes and other.homes[0] == route.prefill:
+                if order(other.request) < order(ticket.request):
+                    ahead += other.uncached
+                else:
+                    behind += other.uncached
+        deadline = ticket.request.deadline
+        left = None if deadline is None else deadline - now
+        self._limits.check_delay(in_line(route.predicted_ttft_s, ticket.uncached, ahead, behind), left)
+
+    def _send(self, ticket: _Ticket, route: Route, now: float) -> None:
+        """The present attempt goes to where it was routed."""
         ticket.homes, ticket.decode = tuple(dict.fromkeys((route.prefill, route.decode))), route.decode
         if route.source is None:
             self._start(ticket)
@@ -311,22 +352,26 @@ class Gateway:
             ticket.generated += event.tokens
             ticket.first_token = ticket.first_token or now
             self.router.on_first_token(inner, now)
+            self._shares.begin(ticket.outer_id)
         if event.finish is not None:
-            self.router.on_finished(inner, ticket.known, now, event.usage.cached_tokens)
-            del self._tickets[inner], self._inner[ticket.outer_id]
+            self._forget(ticket, now, event.usage.cached_tokens)
             ticket.early.clear()
         return dataclasses.replace(event, request_id=ticket.outer_id)
 
     def _end(self, ticket: _Ticket, reason: FinishReason, now: float, error: str = "") -> Event:
         """The last event of a request that no instance speaks for."""
-        inner = ticket.request.id
-        self.router.on_finished(inner, ticket.known, now)
-        del self._tickets[inner], self._inner[ticket.outer_id]
+        self._forget(ticket, now)
         arrival, first = ticket.request.arrival, ticket.first_token
         timings = Timings(first_token_s=first - arrival, decode_s=now - first) if first else Timings()
         usage = Usage(len(ticket.request.prompt), len(ticket.generated))
         start = len(ticket.generated)
         return Event(ticket.outer_id, start=start, finish=reason, usage=usage, timings=timings, error=error)
+
+    def _forget(self, ticket: _Ticket, now: float, cached: int | None = None) -> None:
+        """It has ended; ``cached`` tokens of its prompt were found."""
+        self.router.on_finished(ticket.request.id, ticket.known, now, cached)
+        self._shares.leave(ticket.outer_id, len(ticket.generated))
+        del self._tickets[ticket.request.id], self._inner[ticket.outer_id]
 
     def _fail(self, ticket: _Ticket, sentence: str, now: float) -> Event:
         self.counts = dataclasses.replace(self.counts, failed=self.counts.failed + 1)

@@ -1,9 +1,11 @@
 """Continuous batching of one instance: which sequences advance by how many tokens in the next step.
 
 There is one counter per sequence, its gap (known - computed). A plan spends a budget of tokens: first on running
-sequences that lack one token, then on running ones that lack more, oldest first, then on waiting ones. Who cannot
-get a block makes the youngest running sequence give up its blocks (it waits again and recomputes, mostly from the
-prefix cache, or swapped in again). The oldest sequence can always proceed, so nobody starves.
+sequences that lack one token, then on running ones that lack more, first in order first, then on waiting ones. Who
+cannot get a block makes the last running sequence give up its blocks (it waits again and recomputes, mostly from the
+prefix cache, or swapped in again). The order is that of ``fairness.order``: by fair share and priority, then by
+arrival. It is total and nobody's place in it changes, so the first can always proceed; and since newcomers are ever
+further behind, everybody is the first some time: nobody starves. A lower priority gives way for want of blocks only.
 
 What a sequence finds in DRAM is swapped in before it runs, where that costs less than computing it again.
 
@@ -11,6 +13,7 @@ Counters run ahead: a plan made counts as done, and the token it samples is *pro
 Pure: no clock, no device; ``now`` is an argument.
 """
 
+import bisect
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -18,6 +21,7 @@ from collections.abc import Callable, Iterable
 from jmemserve.errors import PoolFull
 from jmemserve.kvpool import BlockAddress, BlockPool, Medium, Swap
 from jmemserve.scheduler.costs import SwapCosts
+from jmemserve.scheduler.fairness import order
 from jmemserve.scheduler.plan import Plan, Slice, StepShape, smallest
 from jmemserve.scheduler.sequence import Sequence, State
 from jmemserve.types import INVALID, FinishReason
@@ -37,8 +41,8 @@ class LocalScheduler:
         self.leaves = leaves  # asked right after planning: does the sequence leave once this step has landed?
         self.retires = retires  # told of a sequence that has ended well and still holds its blocks
         self.take_shapes(shapes)
-        self.waiting: deque[Sequence] = deque()  # oldest arrival first
-        self.running: list[Sequence] = []  # oldest arrival first
+        self.waiting: deque[Sequence] = deque()  # in order
+        self.running: list[Sequence] = []  # in order
         self.leaving: list[Sequence] = []
         self.loading: dict[int, Sequence] = {}  # who waits for which swap
         self.swaps_in: list[Swap] = []  # begun since the caller looked last
@@ -115,7 +119,7 @@ class LocalScheduler:
             seq.blocks, seq.table = [], []
         elif arrived:
             seq.state = State.RUNNING
-            self._insert_by_arrival(self.running, seq)
+            bisect.insort(self.running, seq, key=_order)
         else:
             self._give_back(seq)
             seq.state = State.WAITING
@@ -128,7 +132,7 @@ class LocalScheduler:
         pieces: list[Slice] = []
         budget = self.max_tokens
         preempted: set[int] = set()
-        in_order = sorted(self.running, key=lambda seq: seq.gap > 1)  # stable: oldest first within each kind
+        in_order = sorted(self.running, key=lambda seq: seq.gap > 1)  # stable: in order within each kind
         for seq in in_order:
             if seq.state is not State.RUNNING or seq.gap == 0 or seq.full and seq.promised:
                 continue
@@ -287,10 +291,10 @@ class LocalScheduler:
             self.swaps_in.append(swap)
         else:
             seq.state = State.RUNNING
-            self._insert_by_arrival(self.running, seq)
+            bisect.insort(self.running, seq, key=_order)
 
     def _make_room(self, seq: Sequence, tokens: int, planned: set[int], preempted: set[int] | None) -> bool:
-        """Give ``seq`` blocks for its first ``tokens`` tokens, taking them from younger sequences if need be.
+        """Give ``seq`` blocks for its first ``tokens`` tokens, taking them from sequences behind it if need be.
 
         ``planned``: sequences already in this plan, which keep theirs. False when ``seq`` itself had to give up.
         """
@@ -326,18 +330,12 @@ class LocalScheduler:
         seq.computed = seq.landed = seq.indexed = 0
 
     def _queue(self, seq: Sequence) -> None:
-        """Into the waiting line by arrival."""
-        place = len(self.waiting)
-        while place and self.waiting[place - 1].request.arrival > seq.request.arrival:
-            place -= 1
-        self.waiting.insert(place, seq)
+        """Into the waiting line, to its place in the order."""
+        bisect.insort(self.waiting, seq, key=_order)
 
-    @staticmethod
-    def _insert_by_arrival(group: list[Sequence], seq: Sequence) -> None:
-        place = len(group)
-        while place and group[place - 1].request.arrival > seq.request.arrival:
-            place -= 1
-        group.insert(place, seq)
+
+def _order(seq: Sequence) -> tuple[float, float, int, str]:
+    return order(seq.request)
 
 
 def _slice(seq: Sequence, length: int) -> Slice:

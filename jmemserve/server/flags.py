@@ -91,6 +91,7 @@ class _Flag:
     kind: type
     default: Any
     help: str
+    field: str = ""  # where EngineConfig keeps it
 
     @property
     def option(self) -> str:
@@ -113,10 +114,10 @@ class _Flag:
         return {int: "a whole number", float: "a number"}.get(self.kind, "a text")
 
 
-def _engine_flag(name: str, kind: type, help: str) -> _Flag:
+def _engine_flag(name: str, kind: type, help: str, kept_as: str = "") -> _Flag:
     """A flag whose default is that of EngineConfig."""
-    field = next(field for field in dataclasses.fields(EngineConfig) if field.name == name)
-    return _Flag(name, kind, field.default, help)
+    field = next(field for field in dataclasses.fields(EngineConfig) if field.name == (kept_as or name))
+    return _Flag(name, kind, field.default, help, field.name)
 
 
 _ENGINE = (
@@ -143,9 +144,18 @@ _ENGINE = (
     _engine_flag("max_num_seqs", int, "sequences in one step of an instance"),
     _engine_flag("max_num_batched_tokens", int, "new tokens in one step of an instance"),
     _engine_flag("max_queue", int, "waiting requests before new ones are refused"),
+    _engine_flag("max_queue_per_tenant", int, "waiting requests of one tenant before its new ones are refused"),
+    _engine_flag("max_queue_delay", float, "refuse at once what waits longer for a first token", "max_queue_delay_s"),
+    _engine_flag("tenant_weights", str, "shares of the service, NAME=WEIGHT,NAME=WEIGHT; of all others: 1"),
     _engine_flag("heartbeat_timeout_s", float, "seconds of silence after which an instance is dead"),
     _engine_flag("warmup", Warmup, "what is compiled before the server is ready"),
-    _Flag("compilation_cache_dir", str, default_cache_dir(), f"keeps compiled steps between starts; {OFF!r}: none"),
+    _Flag(
+        "compilation_cache_dir",
+        str,
+        default_cache_dir(),
+        f"keeps compiled steps between starts; {OFF!r}: none",
+        "compilation_cache_dir",
+    ),
 )
 _SERVER = (
     _Flag("mesh", str, None, "instances joined by '+', each [COUNTx]ROLE[:model=SIZE] (default: prefill+decode)"),
@@ -234,7 +244,7 @@ def dump_config(config: ServeConfig) -> str:
 
 
 def _engine_values(engine: EngineConfig) -> dict[str, Any]:
-    values = {flag.name: _plain(getattr(engine, flag.name)) for flag in _ENGINE}
+    values = {flag.name: _plain(getattr(engine, flag.field)) for flag in _ENGINE}
     return values | {"compilation_cache_dir": engine.compilation_cache_dir or OFF}
 
 
@@ -251,7 +261,7 @@ def make_engine_config(settings: Mapping[str, Any]) -> EngineConfig:
         if name not in names:
             raise ConfigError(f"there is no setting {name!r}{_did_you_mean(name, names)}")
     values = {
-        flag.name: flag.parse(value.value if isinstance(value, enum.Enum) else value)
+        flag.field: flag.parse(value.value if isinstance(value, enum.Enum) else value)
         for flag in _ENGINE
         for value in (settings.get(flag.name),)
     }

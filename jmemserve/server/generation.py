@@ -17,7 +17,7 @@ from jmemserve.errors import JmemserveError, WorldError
 from jmemserve.server.detokenize import Detokenizer, StopMatcher
 from jmemserve.server.messages import Delta, Finished, Message
 from jmemserve.server.model import Model
-from jmemserve.types import Event, FinishReason, Request, SamplingParams, TokenLogprobs
+from jmemserve.types import Event, FinishReason, Request, SamplingParams, TokenLogprobs, check_standing
 
 _NATURAL = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -48,8 +48,13 @@ class Generation:
         salt: str = "",
         arrival: float = 0.0,
         deadline: float | None = None,
+        *,
+        session: str = "",
+        tenant: str = "",
+        priority: int = 0,
     ):
         """``seed`` is used if ``params`` names none. Raises InvalidRequest if the model cannot do it."""
+        check_standing(session, tenant, priority)
         model.check_params(params)
         model.check_prompt(prompt)
         self.request_id = request_id
@@ -67,6 +72,9 @@ class Generation:
                 arrival,
                 deadline,
                 ids[0] if index else "",
+                session,
+                tenant,
+                priority,
             )
             for index, id in enumerate(ids)
         ]

@@ -21,6 +21,7 @@ from jmemserve.server.frontend import Frontend, State
 from jmemserve.server.generation import Generation
 from jmemserve.server.model import Model
 from jmemserve.server.status import code_of, trailers_of
+from jmemserve.types import check_standing
 
 MAX_REQUEST_BYTES = 16 << 20
 _LONG_TEXT = 2048  # characters: longer texts are tokenised off the loop
@@ -93,6 +94,7 @@ class InferenceService(pb_grpc.InferenceServicer):
             raise InvalidRequest("no prompt; set text, token_ids or messages")
         params = wire.params_from_wire(request.sampling)
         model.check_params(params)  # before the work of tokenising
+        check_standing(request.session, request.tenant, request.priority)
         if kind == "token_ids":
             prompt = tuple(request.token_ids.ids)
         elif kind == "messages":
@@ -111,6 +113,9 @@ class InferenceService(pb_grpc.InferenceServicer):
             request.cache_salt,
             arrival,
             deadline,
+            session=request.session,
+            tenant=request.tenant,
+            priority=request.priority,
         )
 
     @_statuses

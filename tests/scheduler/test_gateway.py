@@ -4,6 +4,7 @@ import pytest
 
 from jmemserve.config import Role
 from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable
+from jmemserve.scheduler.admission import Limits
 from jmemserve.scheduler.gateway import MAX_ATTEMPTS, PARKED_S, Gateway
 from jmemserve.scheduler.messages import Abort, Move, Submit
 from jmemserve.scheduler.router import Router
@@ -11,7 +12,7 @@ from jmemserve.types import Event, FinishReason, Request, SamplingParams, Usage
 
 
 def make(*instances: tuple[str, Role], max_queue: int = 10) -> Gateway:
-    gateway = Gateway(Router((), 4), max_queue)
+    gateway = Gateway(Router((), 4), Limits(max_queue))
     for name, role in instances:
         gateway.add(name, role, 0.0)
     return gateway

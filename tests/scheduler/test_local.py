@@ -1,11 +1,13 @@
 """Continuous batching against a one-at-a-time truth, with one flight in the air, on a device that is a dictionary."""
 
 import dataclasses
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmemserve.kvpool import BlockPool
+from jmemserve.scheduler.fairness import LEVEL_TOKENS, OUTPUT_COST, FairShare, order
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.plan import Plan, StepShape, smallest, step_shapes
 from jmemserve.scheduler.sequence import Sequence, State
@@ -56,9 +58,12 @@ class Device:
         return sampled
 
 
-def make_seq(number: int, prompt: list[int], max_tokens: int, salt: str = "") -> Sequence:
+def make_seq(
+    number: int, prompt: list[int], max_tokens: int, salt: str = "", priority: int = 0, rank: float = 0.0
+) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens)
-    request = Request(str(number), tuple(prompt), params, 0, frozenset([STOP]), salt, arrival=float(number))
+    standing: Any = {"arrival": float(number), "priority": priority, "rank": rank}
+    request = Request(str(number), tuple(prompt), params, 0, frozenset([STOP]), salt, **standing)
     return Sequence(request, list(prompt))
 
 
@@ -215,3 +220,84 @@ def test_shapes() -> None:
     assert [shape for shape in only_decode if shape.tokens != shape.seqs] == [StepShape(64, 8)]
     only_prefill = step_shapes(False, True, 8, 512)
     assert smallest(only_prefill, [1] * 8) is not None
+
+
+def endless(number: int, priority: int = 0, rank: float = 0.0) -> Sequence:
+    """Never stops by itself, and shares no prefix with others."""
+    seq = make_seq(number, [number % 23] * 4, 30, salt=str(number), priority=priority, rank=rank)
+    seq.request = dataclasses.replace(seq.request, stop_ids=frozenset())
+    return seq
+
+
+def test_the_waiting_line_is_by_rank_and_priority_then_by_arrival() -> None:
+    world = World(30, 1, 16)
+    seqs = [endless(0), endless(1), endless(2, rank=50.0), endless(3, priority=1, rank=60.0), endless(4, rank=20.0)]
+    for seq in seqs:
+        world.scheduler.submit(seq)
+    assert [seq.request.id for seq in world.scheduler.waiting] == ["3", "0", "1", "4", "2"]
+    world.step()
+    assert [seq.request.id for seq in world.scheduler.running] == ["3"]
+    world.scheduler.submit(endless(5, priority=100))
+    world.step()  # nobody gives way only so that another goes first
+    assert [seq.request.id for seq in world.scheduler.running] == ["3"] and not world.scheduler.preemptions
+
+
+def test_the_last_in_order_gives_way_for_want_of_blocks() -> None:
+    world = World(11, 3, 16)
+    low, high = endless(0), endless(1, priority=1)
+    world.scheduler.submit(low)
+    world.step()
+    world.scheduler.submit(high)
+    while not world.scheduler.preemptions:
+        world.step()
+    assert low.state is State.WAITING and high.state is State.RUNNING
+    world.scheduler.submit(endless(2))
+    while world.busy:
+        world.step()
+        ended = list(world.ends)
+    assert ended == ["1", "0", "2"]
+
+
+def test_a_low_priority_is_reached_although_higher_ones_never_end_to_come() -> None:
+    world, shares = World(30, 1, 16), FairShare()
+    low = endless(0, priority=-1)
+    low.request = dataclasses.replace(low.request, tenant="one")
+    shares.enter(low.request)
+    world.scheduler.submit(low)
+    for number in range(1, 2000):
+        seq = endless(number)
+        seq.request = dataclasses.replace(seq.request, tenant="one")
+        seq.request = dataclasses.replace(seq.request, rank=shares.enter(seq.request))
+        world.scheduler.submit(seq)
+        ended = len(world.ends)
+        while len(world.ends) == ended:
+            world.step()
+        for request_id in list(world.ends)[ended:]:
+            shares.begin(request_id)
+            shares.leave(request_id, 30)
+        if "0" in world.ends:
+            break
+    assert 1 < len(world.ends) <= 2 + LEVEL_TOKENS / (4 + OUTPUT_COST * 30)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    requests, st.lists(st.tuples(st.integers(-2, 2), st.integers(0, 3)), min_size=9, max_size=9), st.integers(11, 20)
+)
+def test_whatever_the_order_everybody_gets_what_he_would_get_alone(reqs, standings, num_blocks: int) -> None:
+    world = World(num_blocks, 3, 9)
+    for number, ((prefix, own, limit, delay), (priority, rank)) in enumerate(zip(reqs, standings, strict=False)):
+        for _ in range(delay):
+            world.step()
+        prompt = list(range(11))[:prefix] + own
+        world.scheduler.submit(make_seq(number, prompt, limit, priority=priority, rank=4096.0 * rank))
+        for line in (list(world.scheduler.waiting), world.scheduler.running):
+            assert line == sorted(line, key=lambda seq: order(seq.request))
+    for _ in range(2000):
+        if not world.busy:
+            break
+        world.step()
+    assert not world.busy, "somebody starves"
+    for number, (prefix, own, limit, _) in enumerate(reqs):
+        tokens, finish = truth(list(range(11))[:prefix] + own, limit)
+        assert world.out.get(str(number), []) == tokens and world.ends[str(number)] is finish

@@ -120,6 +120,7 @@ def test_engine_settings_of_the_offline_class() -> None:
         ["--role", "frontend", "--port", "0"],
         ["--role", "decode", "--join", "host:1", "--mesh", "model=2", "--name", "d7", "--listen", "10.0.0.1:7000"],
         ["--role", "prefill", "--join", "h:1", "--coordinator", "h:2", "--num-processes", "2", "--process-id", "1"],
+        ["--max-queue-delay", "2.5", "--max-queue-per-tenant", "10", "--tenant-weights", "a=2,b=0.5"],
         ["--mesh", "2xprefill+decode", "--processes", "per-instance", "--caching", "delta", "--bypass", "auto"],
     ],
 )
@@ -139,6 +140,10 @@ def test_every_kind_of_process_reads_back_what_it_prints(argv: list[str], tmp_pa
         (["--role", "decode", "--join", "h:1", "--mesh", "2xdecode"], "of one instance give its axes alone"),
         (["--process-id", "1"], "--process-id is for one instance"),
         (["--caching", "ful"], "--caching must be one of none, prefill, delta, full, not 'ful'"),
+        (["--max-queue-delay", "0"], "--max-queue-delay must be above 0 and at most 86400 seconds, not 0"),
+        (["--max-queue-delay", "soon"], "--max-queue-delay must be a number, not 'soon'"),
+        (["--max-queue-per-tenant", "0"], "--max-queue-per-tenant must be at least 1, not 0"),
+        (["--tenant-weights", "a=b"], "--tenant-weights: cannot read 'a=b'; write NAME=WEIGHT"),
         (["--heartbeat-timeout-s", "0"], "--heartbeat-timeout-s must be from 0.5"),
     ],
 )
