@@ -2,7 +2,8 @@
 
 cluster NAME:ROLE ... [KEY=VALUE ...]   the members, all ready; keys: caching block blocks dram seqs tokens queue
                                         bypass more (may instances come again?) rejoins (does a zombie?)
-submit ID prompt=N max=N [KEY=VALUE ...]    keys: deadline (seconds) salt, stop=yes (the stop token ends it)
+submit ID prompt=N max=N [KEY=VALUE ...]    keys: deadline (seconds) salt tenant priority,
+                                            stop=yes (the stop token ends it)
 submit ID after=ID user=N max=N [...]   the next turn: all of the text of that request, and N tokens more
 refused submit ... | refused move ...   the same, and it must be refused
 step N  |  wait SECONDS  |  run         N turns of everybody; virtual time; until all is quiet
@@ -154,7 +155,8 @@ class Story:
         else:
             prompt = prompt_of(name, int(options.pop("prompt")))
         deadline = float(options.pop("deadline")) if "deadline" in options else None
-        world.submit(name, prompt, int(options.pop("max")), deadline, **options)
+        priority = int(options.pop("priority", 0))
+        world.submit(name, prompt, int(options.pop("max")), deadline, priority=priority, **options)
 
     def holds(self, words: list[str]) -> tuple[bool, object]:
         """Whether a condition is true, and what was found."""

@@ -112,6 +112,11 @@ def test_command_line(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, err = call("--tokens", str(VOCAB))
         assert (code, out) == (1, "") and err.startswith("error: token id 320 is out of range")
         assert call("--file", "/nowhere/x")[0] == 1
+        assert call("--tokens", "1", "--priority", "101")[2].startswith("error: priority must be a whole number from")
+        words = ("--session", "s", "--tenant", "t", "--priority", "-3")
+        assert call("--tokens", "1", "--max-tokens", "1", *words)[0] == 0
+        last = server.cluster.submitted[-1]
+        assert (last.session, last.tenant, last.priority) == ("s", "t", -3)
         assert call("--abort", "nobody") == (0, "not in flight\n", "")
         assert call("--health") == (0, "SERVING\n", "")
         assert json.loads(call("--info")[1])["model"]["name"] == "small"

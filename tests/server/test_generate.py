@@ -13,6 +13,7 @@ from conftest import MAX_LEN, VOCAB, serving
 
 from jmemserve import errors
 from jmemserve.client import AsyncClient, make_request
+from jmemserve.scheduler.admission import Limits
 from jmemserve.server import jmemserve_pb2 as pb
 from jmemserve.server.generation import derive_seed
 from jmemserve.server.messages import Delta, Finished, fold
@@ -265,6 +266,48 @@ def test_full_queue_has_a_retry_hint(model: Model) -> None:
                 await client.generate([1])
             assert caught.value.retry_after_s == 1.5
             await stream.aclose()
+
+    run(body())
+
+
+def test_who_asks_and_how_urgently(model: Model) -> None:
+    async def body() -> None:
+        async with serving(model) as (server, client):
+            params = SamplingParams(max_tokens=2, n=2)
+            await client.generate([1], params, session="s" * 256, tenant="t", priority=-100)
+            assert {(r.session, r.tenant, r.priority, r.rank) for r in server.cluster.submitted} == {
+                ("s" * 256, "t", -100, 0.0)
+            }
+            await client.generate([1], SamplingParams(max_tokens=2))
+            assert (server.cluster.submitted[-1].tenant, server.cluster.submitted[-1].priority) == ("", 0)
+            for field, value, sentence in (
+                ("priority", 101, "priority must be a whole number from -100 to 100, not 101"),
+                ("tenant", "t" * 257, "tenant must be a text of at most 256 characters, not 257"),
+                ("session", "s" * 300, "session must be a text of at most 256 characters, not 300"),
+            ):
+                with pytest.raises(errors.InvalidRequest, match=sentence):
+                    make_request([1], **{field: value})  # type: ignore[arg-type]
+                message = make_request([1])
+                setattr(message, field, value)
+                error = await status_of(client, message)
+                assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and error.details() == sentence
+
+    run(body())
+
+
+def test_early_refusal_has_the_hint_of_the_prediction(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        async with serving(model) as (server, client):
+            limits = Limits(max_queue=10, max_queue_delay_s=2.0)
+            monkeypatch.setattr(server.cluster, "submit", lambda request: limits.check_delay(5.25, None))
+            error = await status_of(client, make_request([1]))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "--max-queue-delay" in (error.details() or "")
+            trailers = {key: value for key, value in error.trailing_metadata()}
+            assert trailers["retry-pushback-ms"] == "3250"
+            assert b"google.rpc.RetryInfo" in trailers["grpc-status-details-bin"]
+            with pytest.raises(errors.Overloaded) as caught:
+                await client.generate([1])
+            assert caught.value.retry_after_s == 3.25
 
     run(body())
 

@@ -62,6 +62,14 @@ def test_text_and_several_outputs(offline: tuple[llm.LLM, FakeCluster]) -> None:
     assert len({output.request_id for output in outputs}) == 2
 
 
+def test_who_asks(offline: tuple[llm.LLM, FakeCluster]) -> None:
+    model, cluster = offline
+    model.generate([[1], [2]], SamplingParams(max_tokens=1), session="s", tenant="t", priority=4)
+    assert {(request.session, request.tenant, request.priority) for request in cluster.submitted} == {("s", "t", 4)}
+    with pytest.raises(errors.InvalidRequest, match="priority must be"):
+        model.generate([[1]], priority=True)
+
+
 def test_stop_string(offline: tuple[llm.LLM, FakeCluster]) -> None:
     model, cluster = offline
     text = jmemserve.SamplingParams(stop=("d",))
