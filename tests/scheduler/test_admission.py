@@ -1,7 +1,6 @@
 """Who is refused at once: a full queue, a tenant that fills it, a first token that would come too late."""
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +21,7 @@ class PredictingRouter(Router):
     def route(self, request_id: str, *arguments: Any, **more: Any) -> Any:
         route = super().route(request_id, *arguments, **more)
         predicted = self.load(route.prefill).pending / 100
-        return SimpleNamespace(
-            prefill=route.prefill,
-            decode=route.decode,
-            predicted_cached_tokens=route.predicted_cached_tokens,
-            predicted_ttft_s=predicted,
-        )
+        return dataclasses.replace(route, predicted_ttft_s=predicted)
 
 
 def make(**limits: Any) -> Gateway:
