@@ -1,7 +1,7 @@
 """Which instances a request goes to: one that prefills it and one that decodes it, often the same.
 
-The router knows what it sent and what came back, nothing else: prompt trees (one per role) of what instances are
-believed to hold, and loads counted from its own choices at once, so that a burst does not all go to one instance.
+The router knows what it sent and what came back, nothing else: a prompt tree of what instances are believed to hold,
+and loads counted from its own choices at once, so that a burst does not all go to one instance.
 Pure: ``now`` is an argument, and equal calls give equal routes.
 """
 
@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 from jmemserve.config import Bypass, Caching, Role
 from jmemserve.errors import ConfigError, Unavailable
+from jmemserve.kvpool.runs import pack
 from jmemserve.scheduler.policies import POLICIES, Candidate, View, bypasses
 from jmemserve.scheduler.prompt_tree import PromptTree
+from jmemserve.scheduler.tree_feeds import TtlFeed
 
-TREE_BLOCKS = 1 << 16  # nodes of one role's tree, some 400 bytes each
+TREE_BLOCKS = 1 << 16  # of one instance
 TREE_TTL_S = 600.0
 MOVED_TOKEN_COST = 1 / 16  # of moving a token's keys and values, where computing them is 1
 
@@ -85,7 +87,11 @@ class Router:
         self._instances = {name: _Instance(name, role) for name, role in instances}
         assert len(self._instances) == len(instances), f"instance names are not unique: {instances}"
         self._caching, self._bypass = caching, bypass
-        self._trees = {role: PromptTree(block_size, tree_blocks, tree_ttl_s) for role in Role}
+        self._tree = PromptTree(block_size)
+        self._block_size, self._tree_blocks, self._tree_ttl_s = block_size, tree_blocks, tree_ttl_s
+        self._feeds: dict[str, TtlFeed] = {}
+        for name in self._instances:
+            self._join(name)
         self._flights: dict[str, _Flight] = {}
         self._turn = 0
 
@@ -106,19 +112,23 @@ class Router:
         if old is not None and old.state is not InstanceState.DEAD:
             self.set_state(instance, InstanceState.DEAD)
         self._instances[instance] = _Instance(instance, role)
+        if instance not in self._feeds:
+            self._join(instance)
+
+    def _join(self, instance: str) -> None:
+        self._tree.join(instance)
+        self._feeds[instance] = TtlFeed(self._tree, instance, self._tree_ttl_s, self._tree_blocks)
 
     def remove(self, instance: str) -> None:
         """An instance is gone for good. One that is unknown is nothing to do."""
         if instance in self._instances:
             self.set_state(instance, InstanceState.DEAD)
-            del self._instances[instance]
+            del self._instances[instance], self._feeds[instance]
+            self._tree.leave(instance)
 
     def set_role(self, instance: str, role: Role) -> None:
         """The instance prefers something else; what it holds stays known."""
-        found = self._instances[instance]
-        if found.role is not role:
-            self._trees[found.role].move(instance, self._trees[role])
-            found.role = role
+        self._instances[instance].role = role
 
     def others(self, instance: str) -> bool:
         """Whether another instance is ready."""
@@ -133,10 +143,12 @@ class Router:
         return self._pick(decoders, self._held(tokens, salt, now), len(tokens), MOVED_TOKEN_COST).name
 
     def _held(self, tokens: Sequence[int], salt: str, now: float) -> dict[str, int]:
-        held: dict[str, int] = {}
-        for tree in self._trees.values():
-            held.update(tree.match(tokens, now, salt))
-        return held
+        for feed in self._feeds.values():
+            feed.expire(now)
+        blocks = max(0, len(tokens) - 1) // self._block_size  # never the last token, whose logits are needed
+        raw = pack(tokens, blocks * self._block_size)
+        found = self._tree.match(raw, salt, blocks)
+        return {name: holding.blocks * self._block_size for name, holding in found.items()}
 
     def route(self, request_id: str, tokens: Sequence[int], salt: str, now: float) -> Route:
         """Choose instances for a request and count it there until ``on_finished``.
@@ -203,12 +215,11 @@ class Router:
         found.state = state
         if state is InstanceState.DEAD:
             found.load = Load()
-            self._trees[found.role].remove_instance(instance)
+            self._feeds[instance].close()
 
     def forget(self) -> None:
         """Every instance has dropped its cache."""
-        for tree in self._trees.values():
-            tree.clear()
+        self._tree.clear()
 
     def check(self) -> None:
         """Assert that the loads are the sums over the requests on their way. Slow: for tests."""
@@ -221,8 +232,7 @@ class Router:
             assert (load.pending, load.running) == (pending, running), (
                 f"{instance.name}: {load}, {pending=}, {running=}"
             )
-        for tree in self._trees.values():
-            tree.check()
+        self._tree.check()
 
     def _pick(
         self, instances: Sequence[_Instance], held: dict[str, int], num_tokens: int, token_cost: float
@@ -245,4 +255,5 @@ class Router:
         if not self._caching.keeps(instance.role):
             return
         if instance.load is load and instance.state is not InstanceState.DEAD:
-            self._trees[instance.role].insert(tokens, instance.name, now, salt)
+            raw = pack(tokens, len(tokens) // self._block_size * self._block_size)
+            self._feeds[instance.name].learn(raw, salt, now)
