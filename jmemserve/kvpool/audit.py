@@ -22,14 +22,15 @@ def snapshot(index: TokenIndex) -> tuple[Stored, ...]:
     """All that is cached, as the records that would have stored it, parents first."""
     records = []
     for node in nodes(index):
-        for medium, copies in ((HBM, node.hbm), (DRAM, node.dram)):
-            for there, stretch in itertools.groupby(range(len(copies)), [copy > 0 for copy in copies].__getitem__):
-                places = list(stretch)
-                start, stop = places[0], places[-1] + 1
-                before = node.ids[start - 1] if start else index.before(node)
-                tokens = node.run[start * index.step : stop * index.step]
-                if there:
-                    ids = tuple(node.ids[start:stop])
+        dram = node.dram or [0] * len(node.hbm)
+        there = [(hbm > 0, copy > 0) for hbm, copy in zip(node.hbm, dram, strict=True)]
+        for media, stretch in itertools.groupby(range(len(there)), there.__getitem__):
+            places = list(stretch)
+            start, stop = places[0], places[-1] + 1
+            before = node.ids[start - 1] if start else index.before(node)
+            ids, tokens = tuple(node.ids[start:stop]), node.run[start * index.step : stop * index.step]
+            for medium in (HBM, DRAM):
+                if media[medium]:
                     records.append(Stored(0, medium, node.space.name, before, ids, tokens))
     return tuple(records)
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from jmemserve.kvpool.address import Medium
 from jmemserve.kvpool.events import START, EventLog
 from jmemserve.kvpool.eviction import EvictionQueue
-from jmemserve.kvpool.runs import DIRTY, DRAM, HBM, OF_ALL, TOKEN_BYTES, Node, Space
+from jmemserve.kvpool.runs import DIRTY, DRAM, HBM, OF_ALL, TOKEN_BYTES, Node, Space, walk
 
 
 class TokenIndex:
@@ -71,31 +71,10 @@ class TokenIndex:
 
     def _walk(self, raw: bytes, space: bytes, limit: int) -> list[tuple[Node, int]]:
         """The nodes along the longest known prefix and how many blocks of each."""
-        path: list[tuple[Node, int]] = []
         known = self.spaces.get(space)
         if known is None:
-            return path
-        node, at, end, step = known.root, 0, min(limit * self.step, len(raw)), self.step
-        while at < end:
-            child = node.children.get(raw[at : at + step])
-            if child is None:
-                break
-            run = child.run
-            if len(run) <= end - at and raw.startswith(run, at):
-                path.append((child, len(run) // step))
-                at += len(run)
-                node = child
-                continue
-            low, high = 1, min(len(run), end - at) // step  # the first block is equal
-            while low < high:
-                middle = (low + high + 1) // 2
-                if raw[at + low * step : at + middle * step] == run[low * step : middle * step]:
-                    low = middle
-                else:
-                    high = middle - 1
-            path.append((child, low))
-            break
-        return path
+            return []
+        return walk(known.root, raw, 0, min(limit * self.step, len(raw)), self.step)
 
     # -- storing -----------------------------------------------------------------------------------------------------
 

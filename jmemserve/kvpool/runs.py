@@ -1,8 +1,12 @@
-"""What the index is made of: runs of blocks, and the spaces that keep tenants, models and adapters apart."""
+"""What a radix tree of blocks is made of: runs of whole blocks, the walk along them, and the spaces of the index.
+
+The pool's index and the front-end's prompt tree are the same tree with other things at its nodes.
+"""
 
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -33,6 +37,49 @@ def pack(tokens: Sequence[int] | np.ndarray, count: int) -> bytes:
             raise InvalidTokens(f"token ids are whole numbers of int32; {error}") from None
     assert len(raw) == count * TOKEN_BYTES, f"{len(tokens)=} < {count=}"
     return raw
+
+
+class Run(Protocol):
+    """A node of a radix tree: the tokens of its blocks, and what continues them, by the tokens of the first block."""
+
+    @property
+    def run(self) -> bytes: ...
+
+    @property
+    def children(self) -> Mapping[bytes, Self]: ...
+
+
+def walk[R: Run](node: R, raw: bytes, at: int, end: int, step: int) -> list[tuple[R, int]]:
+    """The nodes below ``node`` along the longest known prefix of ``raw[at:end]``, and how many blocks of each.
+
+    ``step`` is bytes per block. Whole runs are compared at once.
+    """
+    path: list[tuple[R, int]] = []
+    while at < end:
+        child = node.children.get(raw[at : at + step])
+        if child is None:
+            break
+        run = child.run
+        if len(run) <= end - at and raw.startswith(run, at):
+            path.append((child, len(run) // step))
+            at += len(run)
+            node = child
+            continue
+        path.append((child, shared_blocks(raw, at, end, run, 0, step)))
+        break
+    return path
+
+
+def shared_blocks(raw: bytes, at: int, end: int, run: bytes, start: int, step: int) -> int:
+    """How many whole blocks of ``raw[at:end]`` are the same as those of ``run[start:]``."""
+    low, high = 0, min(len(run) - start, end - at) // step
+    while low < high:
+        middle = (low + high + 1) // 2
+        if raw[at + low * step : at + middle * step] == run[start + low * step : start + middle * step]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 class Space:
