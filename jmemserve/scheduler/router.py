@@ -169,7 +169,7 @@ class Router:
             prefill.load,
             decode.load,
             pending=len(tokens) - route.predicted_cached_tokens,
-            pending_s=prefill.costs.prefill_s(len(tokens), route.predicted_cached_tokens),
+            pending_s=_exact(prefill.costs.prefill_s(len(tokens), route.predicted_cached_tokens)),
         )
         self._flights[request_id] = flight
         prefill.load.pending += flight.pending
@@ -216,8 +216,6 @@ class Router:
             self._leave_prefill(flight)
         flight.decode_load.running -= 1
         flight.decode_load.context -= len(flight.tokens)
-        if not flight.decode_load.running and not flight.decode_load.pending:
-            flight.decode_load.pending_s = 0.0  # what rounding left
 
     def relief(self, tokens: Sequence[int], salt: str, without: str, now: float) -> str | None:
         """Who should go on with a sequence that leaves an instance; None: nobody else is ready."""
@@ -244,7 +242,7 @@ class Router:
     def _leave_prefill(self, flight: _Flight) -> None:
         load = flight.prefill_load
         load.pending -= flight.pending
-        load.pending_s = max(0.0, load.pending_s - flight.pending_s) if load.pending else 0.0
+        load.pending_s -= flight.pending_s
         if flight.decode_load is not load:
             load.running -= 1
 
@@ -265,8 +263,13 @@ class Router:
                 f"{instance.name}: {load}, {pending=}, {running=}, {context=}"
             )
             seconds = sum(f.pending_s for f in prefills)
-            assert abs(load.pending_s - seconds) <= 1e-6 * max(1.0, seconds), f"{instance.name}: {load}, {seconds=}"
+            assert load.pending_s == seconds, f"{instance.name}: {load}, {seconds=}"
         self.beliefs.check()
+
+
+def _exact(seconds: float) -> float:
+    """About a microsecond as the unit, so that sums have no rounding error and come back to zero."""
+    return round(seconds * (1 << 20)) / (1 << 20)
 
 
 def make_router(engine: EngineConfig) -> Router:
