@@ -2,6 +2,7 @@
 
 import os
 import random
+from typing import Any
 
 import pytest
 from sim_world import World, prompt_of
@@ -102,8 +103,10 @@ class _Story:
         rng = self.rng
         deadline = rng.choice((None, None, None, None, 0.1, 20.0))
         limit, salt = rng.randint(1, 16), rng.choice(("", "", "s"))
-        self.said.append(f"  {name}: {len(prompt)} + {limit}, {deadline=}, {salt=}")
-        self._try(lambda: self.world.submit(name, prompt, limit, deadline, salt=salt, stop=rng.random() < 0.5))
+        number = len(self.world.clients)
+        more: dict[str, Any] = {"tenant": ("", "a", "b")[number % 3], "priority": (0, 0, 0, 1, -1)[number % 5]}
+        self.said.append(f"  {name}: {len(prompt)} + {limit}, {deadline=}, {salt=}, {more}")
+        self._try(lambda: self.world.submit(name, prompt, limit, deadline, salt=salt, stop=rng.random() < 0.5, **more))
 
     def step(self) -> None:
         for _ in range(self.rng.randint(1, 6)):
