@@ -64,7 +64,9 @@ def test_the_prefill_side_learns_the_prompt_and_the_decode_side_the_answer():
         router = Router([("prefill0", Role.PREFILL), ("decode0", Role.DECODE)], C, caching=caching)
         serve(router, "a", [*range(8)], [*range(8, 17)])
         assert serve(router, "b", [*range(17)]).predicted_cached_tokens == at_prefill
-        assert {name: held for name, held in router._held([*range(18)], "", 0.0).items() if name == "decode0"} == at_decode
+        assert {
+            name: held for name, held in router._held([*range(18)], "", 0.0).items() if name == "decode0"
+        } == at_decode
 
 
 def test_what_never_started_is_not_believed_cached():
