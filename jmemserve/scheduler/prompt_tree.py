@@ -324,7 +324,7 @@ class PromptTree:
         node.parent, node.start, node.run = upper, block, node.run[place:]
         upper.children[node.run[: self.step]] = node
         self.num_nodes += 1
-        touched.append(upper)
+        touched += (upper, node)
         return upper
 
     def _merge(self, touched: list[Node]) -> None:
