@@ -73,12 +73,15 @@ class Beliefs:
         self.tree.leave(instance)
         self._promised.leave(instance)
 
-    def held(self, tokens: Sequence[int], salt: str, now: float) -> dict[str, Holding]:
-        """What each instance holds of a prompt, or will have computed before a newcomer's turn."""
-        blocks = (len(tokens) - 1) // self._block_size
+    def packed(self, tokens: Sequence[int]) -> bytes:
+        """The whole blocks of a prompt, as the trees want them. This is a good part of a decision's time."""
+        return pack(tokens, len(tokens) // self._block_size * self._block_size)
+
+    def held(self, raw: bytes, tokens: int, salt: str, now: float) -> dict[str, Holding]:
+        """What each instance holds of a packed prompt of so many tokens, or will have computed before its turn."""
+        blocks = (tokens - 1) // self._block_size
         if blocks <= 0:
             return {}
-        raw = pack(tokens, blocks * self._block_size)
         self._expire(now)
         held = self.tree.match(raw, salt, blocks)
         if self.caching is not Caching.NONE:
@@ -87,17 +90,16 @@ class Beliefs:
                     held[name] = Holding(coming.blocks, held[name].dram if name in held else 0)
         return held
 
-    def promise(self, instance: str, tokens: Sequence[int], salt: str, now: float) -> None:
-        """The instance is going to compute this prompt."""
-        if self.caching is not Caching.NONE:
-            raw = pack(tokens, len(tokens) // self._block_size * self._block_size)
+    def promise(self, instance: str, raw: bytes, salt: str, now: float) -> None:
+        """The instance is going to compute this packed prompt."""
+        if self.caching is not Caching.NONE and raw:
             self._beliefs[instance].promised.learn(raw, salt, now)
 
     def learn(self, instance: str, role: Role, tokens: Sequence[int], salt: str, now: float) -> None:
         """A response shows that the instance has computed these tokens (where nothing better tells what it holds)."""
         feed = self._beliefs[instance].feed
         if isinstance(feed, TtlFeed) and self.caching.keeps(role):
-            feed.learn(pack(tokens, len(tokens) // self._block_size * self._block_size), salt, now)
+            feed.learn(self.packed(tokens), salt, now)
 
     def on_events(self, instance: str, events: Sequence[Stored | Removed], now: float) -> bool:
         """What a pool tells of its cache; False: something is missing, ask for a snapshot."""

@@ -154,7 +154,8 @@ class Router:
         if not prefills:
             raise Unavailable("no instance is ready: all are draining or dead")
         home = self._sessions.home(session) if session else None
-        held = self.beliefs.held(tokens, salt, now)
+        raw = self.beliefs.packed(tokens)
+        held = self.beliefs.held(raw, len(tokens), salt, now)
         asked = Asked(len(tokens), self._output, home)
         route = self._policy(asked, View(prefills, decodes, held, self._block_size, self._turn, self._bypass))
         prefill, decode = self._instances[route.prefill], self._instances[route.decode]
@@ -180,7 +181,7 @@ class Router:
         decode.load.context += len(tokens)
         if session:
             self._sessions.went(session, (route.prefill, route.decode))
-        self.beliefs.promise(prefill.name, tokens, salt, now)
+        self.beliefs.promise(prefill.name, raw, salt, now)
         return route
 
     def on_first_token(self, request_id: str, now: float) -> None:
@@ -223,7 +224,8 @@ class Router:
         decoders = [i for i in ready if i.role.decodes] or ready
         if not decoders:
             return None
-        view = View(decoders, decoders, self.beliefs.held(tokens, salt, now), self._block_size)
+        held = self.beliefs.held(self.beliefs.packed(tokens), len(tokens), salt, now)
+        view = View(decoders, decoders, held, self._block_size)
         return best_decoder(Asked(len(tokens), self._output), view, decoders).name
 
     def forget(self) -> None:

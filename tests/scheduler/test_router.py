@@ -73,7 +73,7 @@ def test_the_prefill_side_learns_the_prompt_and_the_decode_side_the_answer():
     ):
         router = learner([("prefill0", Role.PREFILL), ("decode0", Role.DECODE)], caching=caching)
         serve(router, "a", [*range(8)], [*range(8, 17)])
-        held = router.beliefs.held([*range(17)], "", 0.0)
+        held = router.beliefs.held(router.beliefs.packed([*range(17)]), 17, "", 0.0)
         assert held.get("prefill0", Holding(0, 0)).blocks * C == at_prefill
         assert held.get("decode0", Holding(0, 0)).blocks * C == at_decode
 
