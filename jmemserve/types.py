@@ -288,3 +288,11 @@ class ClusterReport:
     retries: int = 0  # continued elsewhere because an instance was lost
     moves: int = 0  # asked to move
     failed: int = 0  # could not be continued
+    pulls: int = 0  # a peer was asked to send what the prefill instance lacked
+    prompt_tokens: int = 0  # of the requests that ended and said what they found cached
+    predicted_tokens: int = 0  # of these, predicted to be cached
+    cached_tokens: int = 0  # found cached
+    over_tokens: int = 0  # predicted and not found
+    under_tokens: int = 0  # found and not predicted
+    tree_blocks: int = 0  # prefixes of whole blocks that the router knows to be cached somewhere
+    tree_renewals: int = 0  # snapshots that were asked for, since an event was missing or predictions were wrong

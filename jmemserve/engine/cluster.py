@@ -210,8 +210,7 @@ class Cluster:
         with self._lock:
             self._beat(now)
             members = self._membership.report(now)
-            counts = self._gateway.counts
-            return ClusterReport(members, len(self._gateway), counts.retries, counts.moves, counts.failed)
+            return self._gateway.report(members)
 
     def loads(self) -> list[InstanceLoad]:
         """A momentary view of every instance that is a member."""

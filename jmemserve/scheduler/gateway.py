@@ -22,7 +22,7 @@ from jmemserve.scheduler.admission import Limits, in_line
 from jmemserve.scheduler.fairness import FairShare, order, tenant_of
 from jmemserve.scheduler.messages import Abort, Move, Share, Submit
 from jmemserve.scheduler.router import InstanceState, Route, Router
-from jmemserve.types import Event, FinishReason, Request, Timings, Usage
+from jmemserve.types import ClusterReport, Event, FinishReason, MemberReport, Request, Timings, Usage
 
 PARKED_S = 120.0  # how long a request waits for an instance before it fails
 MAX_ATTEMPTS = 6  # in a row without a new token: this request may be what kills the instances
@@ -239,6 +239,25 @@ class Gateway:
         if target is None or target == ticket.homes[-1]:
             return None
         return self._move(ticket, target, now)
+
+    def report(self, members: tuple[MemberReport, ...]) -> ClusterReport:
+        """The cluster with these members, for people."""
+        counts, found, beliefs = self.counts, self.router.predictions, self.router.beliefs
+        return ClusterReport(
+            members,
+            len(self._tickets),
+            counts.retries,
+            counts.moves,
+            counts.failed,
+            counts.pulls,
+            found.prompt_tokens,
+            found.predicted_tokens,
+            found.cached_tokens,
+            found.over_tokens,
+            found.under_tokens,
+            beliefs.tree.num_blocks,
+            found.renewals,
+        )
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -358,18 +358,34 @@ class GetClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetClusterResponse(_message.Message):
-    __slots__ = ("members", "requests", "retries", "moves", "failed")
+    __slots__ = ("members", "requests", "retries", "moves", "failed", "pulls", "prompt_tokens", "predicted_tokens", "cached_tokens", "over_tokens", "under_tokens", "tree_blocks", "tree_renewals")
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RETRIES_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OVER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNDER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TREE_RENEWALS_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[Member]
     requests: int
     retries: int
     moves: int
     failed: int
-    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., requests: _Optional[int] = ..., retries: _Optional[int] = ..., moves: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+    pulls: int
+    prompt_tokens: int
+    predicted_tokens: int
+    cached_tokens: int
+    over_tokens: int
+    under_tokens: int
+    tree_blocks: int
+    tree_renewals: int
+    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., requests: _Optional[int] = ..., retries: _Optional[int] = ..., moves: _Optional[int] = ..., failed: _Optional[int] = ..., pulls: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., predicted_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., over_tokens: _Optional[int] = ..., under_tokens: _Optional[int] = ..., tree_blocks: _Optional[int] = ..., tree_renewals: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
     __slots__ = ("name", "role", "state", "epoch", "place", "address", "since_s", "heard_s", "reason", "load", "peers")

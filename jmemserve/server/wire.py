@@ -51,7 +51,10 @@ _LOAD_NUMBERS = (
 )
 
 _MEMBER_FIELDS = ("name", "epoch", "place", "address", "since_s", "heard_s", "reason")
-_CLUSTER_NUMBERS = ("requests", "retries", "moves", "failed")
+_CLUSTER_NUMBERS = (
+    *("requests", "retries", "moves", "failed", "pulls", "prompt_tokens", "predicted_tokens", "cached_tokens"),
+    *("over_tokens", "under_tokens", "tree_blocks", "tree_renewals"),
+)
 _POOL_NUMBERS = (
     *("query_tokens", "hit_tokens", "dram_hit_tokens", "evictions", "swapped_out", "swapped_in", "prefix_blocks"),
     *("runs", "transfers_out", "transfers_in", "transfer_calls", "network_calls", "bytes_out", "bytes_in", "dropped"),
