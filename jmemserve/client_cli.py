@@ -139,8 +139,8 @@ def cluster_table(report: ClusterReport) -> str:
     )
     prompts = max(1, report.prompt_tokens)
     trees = (
-        f"of {report.prompt_tokens} prompt tokens {report.cached_tokens} were cached, {report.predicted_tokens} predicted "
-        f"(wrong: {100 * (report.over_tokens + report.under_tokens) / prompts:.1f}%); the router knows "
+        f"of {report.prompt_tokens} prompt tokens {report.cached_tokens} were cached, {report.predicted_tokens} "
+        f"predicted (wrong: {100 * (report.over_tokens + report.under_tokens) / prompts:.1f}%); the router knows "
         f"{report.tree_blocks} blocks, asked for {report.tree_renewals} snapshots and for {report.pulls} pulls"
     )
     return "\n".join([*lines, *reasons, counts, trees])
