@@ -103,9 +103,12 @@ class EventFeed:
             depth = 0
         else:
             found = self._known.find(event.parent)
-            if found is None:
+            if found is not None:
+                node, depth = found[0], found[1] + 1
+            elif (found := self._known.find(ids[0])) is not None and found[1]:  # a block that has a copy already
+                node, depth = locate(found[0], found[1] - 1), found[1]
+            else:
                 return self._wait(event)
-            node, depth = found[0], found[1] + 1
             if not node.start < depth <= node.stop:
                 return False
         last, count = self.tree.hold(self._slot, event.medium, node, depth, event.tokens)

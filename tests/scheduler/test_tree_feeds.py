@@ -177,6 +177,18 @@ def test_what_continues_a_block_without_a_copy_waits_for_it():
     assert feed.apply(pool.log.since(feed.number)) and tree.num_blocks == 0 and not feed.partial
 
 
+def test_a_block_gets_another_copy_while_the_one_before_has_none():
+    tree, tokens = PromptTree(C), list(range(3 * C))
+    tree.join("a")
+    feed = EventFeed(tree, "a")
+    assert feed.apply([stored(1, START, [1, 2], tokens[: 2 * C]), Removed(2, HBM, (1,))])
+    assert feed.apply([stored(3, 1, [2], tokens[C : 2 * C], DRAM)]) and match(tree, [*tokens, 0]) == {}
+    assert feed.apply([stored(4, 2, [3], tokens[2 * C :]), Removed(5, HBM, (2,))])
+    assert feed.apply([stored(6, START, [1], tokens[:C], DRAM)])
+    assert match(tree, [*tokens, 0]) == {"a": Holding(3, 2)}
+    tree.check()
+
+
 @pytest.mark.parametrize(
     "event",
     [
