@@ -4,6 +4,8 @@
     python benchmarks/scheduler.py --part tree --blocks 10000,1000000 --instances 64
     python benchmarks/scheduler.py --quick                          small sizes: shows that it works, measures nothing
 
+decision  choosing instances for a request, all in all
+relay     tokens that the front-end process hands on, from instances to clients, over gRPC
 tree      matching a prompt against what all instances hold, taking in events of their caches, memory
 
 Times are medians over --repeats unless a column says p99.
@@ -18,7 +20,7 @@ import machine
 from pool_parts.rows import Part
 
 HERE = Path(__file__).parent
-PARTS = ("tree",)
+PARTS = ("decision", "relay", "tree")
 
 
 def main() -> None:
@@ -31,6 +33,8 @@ def main() -> None:
     parser.add_argument("--instances", type=_numbers, default=(4, 64, 1000))
     parser.add_argument("--blocks", type=_numbers, default=(10_000, 100_000, 1_000_000, 5_000_000), help="of a tree")
     parser.add_argument("--plain-blocks", type=int, default=100_000, help="largest tree that the plain ways get too")
+    parser.add_argument("--streams", type=_numbers, default=(32, 128, 256, 512), help="of the relay")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of the relay, for each number of streams")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     chosen = tuple(args.part.split(","))
@@ -40,6 +44,7 @@ def main() -> None:
         parser.error("repeats and sizes must be at least 1")
     if args.quick:
         args.tokens, args.instances, args.blocks, args.repeats = (4096,), (4, 64), (10_000,), 3
+        args.streams, args.seconds = (8,), 2.0
 
     about = machine.about()
     print(json.dumps(about, indent=2))
@@ -60,10 +65,15 @@ def main() -> None:
 
 def runs(args: argparse.Namespace) -> dict[str, Callable[[], Part]]:
     """Every part by name, ready to run."""
-    from scheduler_parts import trees
+    from scheduler_parts import decisions, relay, trees
 
     sizes = trees.Sizes(args.tokens, args.instances, args.blocks, args.plain_blocks)
-    return {"tree": lambda: trees.measure(args.repeats, sizes)}
+    most, count = min(max(args.blocks), 1_000_000), 200 if args.quick else 2000
+    return {
+        "decision": lambda: decisions.run(args.tokens, args.instances, most, count),
+        "relay": lambda: relay.run(args.streams, 0.02, args.seconds),
+        "tree": lambda: trees.measure(args.repeats, sizes),
+    }
 
 
 def _numbers(text: str) -> tuple[int, ...]:

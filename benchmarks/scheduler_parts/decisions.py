@@ -5,12 +5,14 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+from pool_parts.rows import Aim, Part, Row
 
 from jmemserve.config import Role
 from jmemserve.kvpool.address import Medium
 from jmemserve.kvpool.events import Stored
 from jmemserve.kvpool.runs import pack
 from jmemserve.scheduler.cost_model import Profile
+from jmemserve.scheduler.policies import POLICIES
 from jmemserve.scheduler.router import Router
 
 BLOCK = 16
@@ -27,6 +29,19 @@ PROFILE = Profile(
     swap_call_s=1e-3,
     swap_block_s=4e-5,
 )
+
+
+def run(tokens: tuple[int, ...], instances: tuple[int, ...], blocks: int, count: int) -> Part:
+    """Every size with the policy ``cost``, and every policy at one size."""
+    rows = [measure(number, length, blocks, count) for number in instances for length in tokens]
+    plain = [measure(64, 4096, blocks, count, policy) for policy in POLICIES]
+    part = Part({"microseconds per decision": rows, "by policy": plain})
+    part.remarks.append("packing the prompt's tokens, matching, weighing all instances and counting the choice")
+    for row in rows:
+        if (row["instances"], row["tokens"]) == (64, 4096):
+            part.aims.append(Aim("decision at 4K tokens and 64 instances, P50", row["p50_us"], 200, "us"))
+            part.aims.append(Aim("decision at 4K tokens and 64 instances, P99", row["p99_us"], 1000, "us"))
+    return part
 
 
 def cluster(instances: int, policy: str) -> Router:
@@ -71,7 +86,7 @@ def prompts(known: list[tuple[int, ...]], tokens: int, rng: random.Random) -> It
         yield (*rng.choice(known)[: tokens - 96], *(rng.randrange(VOCABULARY) for _ in range(96)))
 
 
-def measure(instances: int, tokens: int, blocks: int, count: int, policy: str = "cost") -> dict[str, object]:
+def measure(instances: int, tokens: int, blocks: int, count: int, policy: str = "cost") -> Row:
     """Microseconds per decision, with some requests in flight at any time."""
     rng = random.Random(instances + tokens)
     router = cluster(instances, policy)

@@ -6,7 +6,6 @@ The front-end is the real one. The instance joins as every other does and answer
 pace, all sequences one token per step, as continuous batching does.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import grpc.aio
 import numpy as np
+from pool_parts.rows import Aim, Part, Row
 
 from jmemserve.config import EngineConfig, Role
 from jmemserve.engine.build import model_facts, read_model_config
@@ -29,7 +29,20 @@ from jmemserve.server.net.words import FROM_INSTANCE, HANDSHAKE, TO_INSTANCE, Ap
 from jmemserve.types import Event, FinishReason, InstanceLoad, Timings, Usage
 
 PROMPT = 64  # tokens
+ANSWER = 200
 TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def run(streams: tuple[int, ...], step_s: float, seconds: float) -> Part:
+    """Some numbers of streams; the last one is more than a core can do."""
+    rows = [measure(count, ANSWER, step_s, seconds) for count in streams]
+    part = Part({"tokens handed on": rows})
+    part.remarks.append("the instance and all clients share the machine's other cores; first tokens wait for a step")
+    best = max(float(row["tokens_per_cpu_s"]) for row in rows)
+    part.aims.append(Aim("tokens per second of the front-end's CPU time", best, 10_000, "tokens/s", at_least=True))
+    calm = rows[0]["first_token_p99_ms"]
+    part.aims.append(Aim(f"first token at {rows[0]['streams']} streams, P99", calm, 100 + 2e3 * step_s, "ms"))
+    return part
 
 
 def cpu_seconds(pid: int) -> float:
@@ -120,7 +133,7 @@ async def clients(address: str, streams: int, tokens: int, seconds: float) -> di
     return {"tokens": got, "messages": messages, "requests": requests, "seconds": took, "first": first}
 
 
-def measure(streams: int, tokens: int, step_s: float, seconds: float, python: str = sys.executable) -> dict[str, float]:
+def measure(streams: int, tokens: int, step_s: float, seconds: float, python: str = sys.executable) -> Row:
     """One cell: tokens handed on per second, per second of the front-end's CPU time, and the time to a first token."""
     command = [python, "-m", "jmemserve.serve", "--role", "frontend", "--port", "0"]
     frontend = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -138,9 +151,7 @@ def measure(streams: int, tokens: int, step_s: float, seconds: float, python: st
             frontend.wait()
 
 
-async def _drive(
-    pid: int, address: str, streams: int, tokens: int, step_s: float, seconds: float, python: str
-) -> dict[str, float]:
+async def _drive(pid: int, address: str, streams: int, tokens: int, step_s: float, seconds: float, python: str) -> Row:
     instance = asyncio.ensure_future(Instance(address, load_secret(None), step_s).run())
     await _open(address)
     child = await asyncio.create_subprocess_exec(
