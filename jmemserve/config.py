@@ -169,6 +169,7 @@ class EngineConfig:
     tenant_weights: str | None = None  # "name=2,other=1"; of a tenant that is not named: 1
     heartbeat_timeout_s: float = 10.0  # an instance that was silent for so long is dead
     warmup: Warmup = Warmup.FULL
+    calibrate_s: float = 2.0  # seconds to measure what steps cost, before serving; 0: not measured
     compilation_cache_dir: str | None = None  # None: off
 
     def __post_init__(self) -> None:
@@ -217,6 +218,10 @@ class EngineConfig:
         need(
             0.1 <= self.prompt_tree_ttl_s <= 1e6,
             f"--prompt-tree-ttl-s must be from 0.1 to 1,000,000 seconds, not {self.prompt_tree_ttl_s:g}",
+        )
+        need(
+            0 <= self.calibrate_s <= 3600,
+            f"--calibrate-s must be from 0 (off) to 3600 seconds, not {self.calibrate_s:g}",
         )
         for flag in ("salt_quota_tokens", "salt_quota_host_tokens"):
             value = getattr(self, flag)

@@ -217,6 +217,7 @@ class InstanceLoad:
     steps: int
     preemptions: int
     compiles_after_warmup: int
+    cost_error: float = 0.0  # mean of |predicted - measured| / measured over the last steps; 0: nothing was predicted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

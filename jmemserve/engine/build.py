@@ -34,6 +34,7 @@ from jmemserve.kvpool.store import PageStore, make_store
 from jmemserve.kvpool.transports import Transport
 from jmemserve.kvpool.transports.local import LocalExchange, LocalTransport
 from jmemserve.models import ModelConfig, load_config, weights
+from jmemserve.scheduler.cost_model import Profile
 from jmemserve.scheduler.plan import StepShape, step_shapes
 
 DEFAULT_UTILIZATION = 0.9  # share of an accelerator's memory for weights and pool
@@ -55,6 +56,7 @@ class Parts:
     shapes: tuple[StepShape, ...]
     shapes_of: Callable[[Role], tuple[StepShape, ...]]  # what an instance of a role compiles
     max_model_len: int
+    profile: Profile | None = None  # what work costs here, once that is measured
 
 
 def model_folder(engine: EngineConfig) -> Path:

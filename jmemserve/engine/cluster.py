@@ -24,14 +24,7 @@ from jmemserve.scheduler.admission import Limits
 from jmemserve.scheduler.gateway import Gateway
 from jmemserve.scheduler.membership import Change, Membership, Record
 from jmemserve.scheduler.router import make_router
-from jmemserve.types import (
-    ClusterReport,
-    Event,
-    FinishReason,
-    InstanceLoad,
-    PoolReport,
-    Request,
-)
+from jmemserve.types import ClusterReport, Event, FinishReason, InstanceLoad, PoolReport, Request
 
 TICK_S = 0.05
 POOLS_S = 5.0  # a report that takes longer is given up
@@ -277,6 +270,9 @@ class Cluster:
                 case m.CacheSnapshot():
                     snapshot, ends = message.snapshot, (message.first, message.last)
                     self._gateway.router.beliefs.on_snapshot(name, snapshot, *ends)
+                case m.CostNews():
+                    message.profile.check()
+                    self._gateway.router.set_profile(name, message.profile)
                 case m.Beat():
                     self._apply(self._membership.beat(name, message, now), now)
                 case m.Ready():
@@ -332,6 +328,8 @@ class Cluster:
                     else:
                         self.max_model_len = min(self.max_model_len or record.max_model_len, record.max_model_len)
                         events += self._gateway.add(change.name, record.role, now)
+                        if record.profile is not None:
+                            self._gateway.router.set_profile(change.name, record.profile)
                         self._say(f"{change.name} is ready ({record.role.value})")
                 case m.MemberState.DRAINING:
                     self._gateway.drain(change.name, now)

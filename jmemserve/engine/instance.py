@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from jmemserve.config import InstanceSpec, Role, SwapPolicy
+from jmemserve.config import InstanceSpec, Role
 from jmemserve.engine.aborts import Aborts
 from jmemserve.engine.build import Parts
 from jmemserve.engine.cache_news import CacheTeller
@@ -24,12 +24,12 @@ from jmemserve.engine.probing import Prober
 from jmemserve.engine.returns import Returns
 from jmemserve.engine.runner import Flight
 from jmemserve.engine.sharing import Sharing
+from jmemserve.engine.weighing import Weigher
 from jmemserve.errors import TransferError
 from jmemserve.kvpool import Swap
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.node import PoolNode
 from jmemserve.scheduler import messages as m
-from jmemserve.scheduler.costs import CostMeter
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
 from jmemserve.types import Event, FinishReason, InstanceLoad, TokenLogprobs, Usage
@@ -75,10 +75,10 @@ class Instance:
         self._by_id: dict[str, Sequence] = {}
         self._aborts = Aborts()
         self._steps = 0
-        self._costs, self._landed = CostMeter(), 0.0
-        self._swap_policy, self._caching, self._shapes_of = parts.swap, parts.caching, parts.shapes_of
+        self.costs = Weigher(self.scheduler, parts.swap, parts.profile, say)
+        self._caching, self._shapes_of = parts.caching, parts.shapes_of
         self.pool.caching = parts.caching.keeps(self.role)
-        self.node.swapper.on_swapped_in = self._costs.swap
+        self.node.swapper.on_swapped_in, self.node.on_moved = self.costs.swapped_in, self.costs.took_in
         self._moves = Moves(spec.name, self.node, self.scheduler, self._gone)
         self._returns = Returns(self.node)
         self._sharing, self._teller = Sharing(self.node, say), CacheTeller(parts.pool, say)
@@ -112,7 +112,7 @@ class Instance:
 
     def load(self) -> InstanceLoad:
         """A momentary view; the numbers may belong to two neighbouring moments."""
-        return load_report(self.spec.name, self.role, self.scheduler, self._steps, self.compiles)
+        return load_report(self.spec.name, self.role, self.scheduler, self._steps, self.compiles, self.costs.error)
 
     # -- the thread -------------------------------------------------------------------------------------------
 
@@ -249,7 +249,7 @@ class Instance:
         tokens, described = flight.read()
         now = time.monotonic()
         self._steps += 1
-        self._weigh(flight, now)
+        self.costs.step(flight, now)
         rows = {id(piece.sequence): row for row, piece in enumerate(flight.plan.slices)}
         for seq, token, finish in self.scheduler.commit(flight.plan, tokens, now):
             logprobs: tuple[TokenLogprobs, ...] = ()
@@ -265,16 +265,6 @@ class Instance:
             self._events.append(event)
             if seq.state is State.LEAVING and not seq.promised:  # else the step that it leaves after is in the air
                 self._moves.hand_over(seq, seq.origin if self.role.decodes else self.spec.name, now)
-
-    def _weigh(self, flight: Flight, now: float) -> None:
-        """Learn what computing costs from steps that are mostly of prompts, and see if swapping is worth it."""
-        began, self._landed = max(flight.launched, self._landed), now
-        tokens = sum(piece.length for piece in flight.plan.slices)
-        if tokens >= 4 * len(flight.plan.slices):
-            self._costs.step(tokens, now - began)
-        if self._swap_policy is SwapPolicy.AUTO:
-            self.scheduler.swap_costs = self._costs.costs()
-            self.pool.swaps.enabled = self.scheduler.swap_costs.worth(1, self.pool.block_size)
 
     # -- between media ----------------------------------------------------------------------------------------
 

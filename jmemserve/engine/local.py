@@ -34,7 +34,8 @@ class Host:
 
     def ready(self) -> Ready:
         """What the front-end is told when all is loaded."""
-        return Ready(self.links.address, (("kind of blocks", self.instance.node.peers.schema),), self.max_model_len)
+        facts = (("kind of blocks", self.instance.node.peers.schema),)
+        return Ready(self.links.address, facts, self.max_model_len, self.instance.costs.profile)
 
     def close(self) -> None:
         """End the thread and the links."""

@@ -12,7 +12,9 @@ from jmemserve.types import InstanceLoad, MediumReport, PoolReport
 OLDEST = 5  # prefixes shown
 
 
-def load_report(name: str, role: Role, scheduler: LocalScheduler, steps: int, compiles: CompileCounter) -> InstanceLoad:
+def load_report(
+    name: str, role: Role, scheduler: LocalScheduler, steps: int, compiles: CompileCounter, cost_error: float
+) -> InstanceLoad:
     """A momentary view, from any thread."""
     stats = scheduler.pool.stats()
     return InstanceLoad(
@@ -30,6 +32,7 @@ def load_report(name: str, role: Role, scheduler: LocalScheduler, steps: int, co
         steps=steps,
         preemptions=scheduler.preemptions,
         compiles_after_warmup=compiles.count,
+        cost_error=cost_error,
     )
 
 

@@ -55,7 +55,7 @@ def lead(runner: Runner, leader: Leader) -> None:
         values = (tuple(int(number) for number in numbers), *(int(value) for value in more))
         leader.send(Message(name, values, () if blocks is None else (blocks,)))
 
-    runner.record, runner.store.record = step, move
+    runner.record, runner.store.record, runner.leads = step, move, True
 
 
 def follow(runner: Runner, messages: Iterable[Message]) -> None:

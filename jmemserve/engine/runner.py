@@ -78,8 +78,9 @@ class Runner:
         max_model_len: int,
         backend: str = "xla",
     ):
-        self.store = store
+        self.store, self.backend = store, backend
         self.record: Callable[[Order], None] = lambda order: None
+        self.leads = False  # other processes hear of it
         self.shapes = shapes
         self.max_seqs = max(shape.seqs for shape in shapes)
         self.width = -(-max_model_len // store.layout.block_size)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from jmemserve.config import InstanceSpec
 from jmemserve.engine.build import build, check_host_memory, model_facts, model_folder, read_model_config
+from jmemserve.engine.calibrating import calibrated
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
 from jmemserve.engine.instance import Instance
@@ -79,6 +80,7 @@ def start_instances(cluster: Cluster, report: Report) -> Callable[[], None]:
     for instance in spec.instances:
         port = LocalPort(cluster, instance.name)
         parts = build(instance, engine, config, spec.num_devices, epoch, ways, report)
+        parts = calibrated(parts, instance.name, engine, report)
         links = functools.partial(_links, instance, exchange)
         port.host = Host(instance, parts, links, port.say, port.died, counter)
         hosts.append(port.host)

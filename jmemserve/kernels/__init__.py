@@ -56,3 +56,8 @@ def attention_backend(name: str) -> Attention:
     """The paged attention of that name. Raises KeyError for an unknown one."""
     function: Callable[..., jax.Array] = importlib.import_module(_BACKENDS[name]).paged_attention
     return function
+
+
+def pair_tile(name: str) -> int:
+    """Queries, and keys, that the attention of that name looks at in one go where a row has several new tokens."""
+    return int(getattr(importlib.import_module(_BACKENDS[name]), "TILE", 1))

@@ -4,13 +4,16 @@ A step is three kinds of operators. Those bound by computing (matrix products) a
 step's compiled shape costs: with a short list of padded shapes, that table is the staircase of full and last waves
 which the paper computes from thread blocks. Those bound by memory (attention) cost per pair of a new token with a token
 of its context in packed steps, x^2 (1 - y^2) / 2 for a prompt of x tokens of which the share y is cached, and per token
-of context that is read where each sequence has one new token. Pieces travel and swap at so much per call and per block.
-Tensor parallelism is in the numbers: they are those of the whole instance.
+of context that is read where a sequence has one new token. A kernel that works in tiles of so many queries and keys
+looks at whole tiles of pairs. Pieces travel and swap at so much per call and per block. Tensor parallelism is in the
+numbers: they are those of the whole instance.
 """
 
 import bisect
 import dataclasses
 import json
+import math
+from collections.abc import Iterable
 from typing import Any
 
 from jmemserve.errors import ConfigError
@@ -29,6 +32,23 @@ class Profile:
     swap_call_s: float = 0.0  # bringing any blocks from host memory
     swap_block_s: float = 0.0
     about: str = ""  # of what, for people
+    tile: int = 1  # queries and keys that attention looks at in one go, in packed steps
+
+    def check(self) -> None:
+        """Raise ConfigError, naming the field, if a number cannot be a cost."""
+        for name in _SECONDS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ConfigError(f"{name} of a profile must be seconds, 0 or more, not {value!r}")
+        for step in self.steps:
+            if not (step[0] >= step[1] >= 1 and 0 < step[2] < math.inf):
+                raise ConfigError(f"a step of a profile is (tokens, at most as many sequences, seconds), not {step}")
+        if isinstance(self.tile, bool) or not isinstance(self.tile, int) or self.tile < 1:
+            raise ConfigError(f"tile of a profile must be 1 or more, not {self.tile!r}")
+        if not isinstance(self.about, str):
+            raise ConfigError(f"about of a profile must be a text, not {self.about!r}")
+        if len({step[:2] for step in self.steps}) < len(self.steps):
+            raise ConfigError("a profile has a step of the same shape twice")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -39,9 +59,14 @@ class Profile:
         try:
             values: dict[str, Any] = json.loads(text)
             steps = tuple((int(t), int(s), float(seconds)) for t, s, seconds in values.pop("steps"))
-            return Profile(tuple(sorted(steps)), **values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"not a profile of an instance: {error}") from None
+            profile = Profile(tuple(sorted(steps)), **values)
+            profile.check()
+            return profile
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise ConfigError(f"not a profile of an instance: {error!r}") from None
+
+
+_SECONDS = ("pair_s", "context_s", "transfer_call_s", "transfer_block_s", "swap_call_s", "swap_block_s")
 
 
 class CostModel:
@@ -57,12 +82,16 @@ class CostModel:
         self._shapes = {StepShape(tokens, seqs): s for tokens, seqs, s in profile.steps}
         self._rows = [tokens for tokens, _ in self._ones]
 
-    def step_s(self, shape: StepShape, pairs: int, context: int) -> float:
-        """One step: ``pairs`` of new tokens with their contexts in a packed one, ``context`` tokens read in another."""
+    def step_s(self, shape: StepShape, pairs: float, context: int) -> float:
+        """One step: so many pairs of new tokens with their contexts, and so much context of rows with one new token."""
         base = self._shapes.get(shape)
         if base is None:
             base = self._base(shape.tokens) if shape.tokens > shape.seqs else self._decode_base(shape.tokens)
-        return base + (pairs * self.profile.pair_s if shape.tokens > shape.seqs else context * self.profile.context_s)
+        return base + pairs * self.profile.pair_s + context * self.profile.context_s
+
+    def rows_s(self, shape: StepShape, rows: Iterable[tuple[int, int]]) -> float:
+        """One step of rows given as (first new token's place, new tokens)."""
+        return self.step_s(shape, *work(shape, rows, self.profile.tile))
 
     def prefill_s(self, tokens: int, cached: int) -> float:
         """The paper's exec(x, y): a prompt of ``tokens`` with the first ``cached`` in place, on an idle instance."""
@@ -71,8 +100,28 @@ class CostModel:
             return 0.0
         largest, base = self._packed[-1]
         whole, rest = divmod(new, largest)
-        seconds = whole * base + (self._base(rest) if rest else 0.0)
-        return seconds + self.profile.pair_s * (tokens * (tokens + 1) - cached * (cached + 1)) / 2
+        seconds = whole * base
+        pairs = visited(largest, cached, whole * largest, self.profile.tile)
+        start = cached + whole * largest
+        for shape, length in self._chunks(rest):
+            seconds += self._base(shape)
+            pairs += visited(shape, start, length, self.profile.tile)
+            start += length
+        return seconds + pairs * self.profile.pair_s
+
+    def _chunks(self, rest: int) -> list[tuple[int, int]]:
+        """The last steps of a prompt, (shape, new tokens) each, cut as the scheduler of an instance cuts them."""
+        chunks = []
+        while rest:
+            place = bisect.bisect_left(self._sizes, rest)
+            shape, length = self._sizes[place], rest
+            if place:
+                below = self._sizes[place - 1]
+                if below + self._sizes[bisect.bisect_left(self._sizes, rest - below)] < shape:
+                    shape = length = below
+            chunks.append((shape, length))
+            rest -= length
+        return chunks
 
     def decode_step_s(self, running: int, context: int) -> float:
         """A step of ``running`` sequences with ``context`` tokens in all of them together.
@@ -114,3 +163,29 @@ class CostModel:
         if place == len(self._ones):
             return self._ones[-1][1] * rows / self._rows[-1]
         return self._ones[place][1]
+
+
+def visited(tokens: int, start: int, length: int, tile: int) -> float:
+    """Pairs that attention looks at for ``length`` new tokens from place ``start``, in a step of ``tokens``.
+
+    Each tile of queries looks at whole tiles of keys up to its last query. With tiles of one token that is
+    ``x (x + 1) / 2`` of the whole less that of the cached part.
+    """
+    if not length:
+        return 0.0
+    rows = min(tile, tokens)
+    tiles = -(-length // rows)
+    full = tiles - 1  # those whose last query is not the row's
+    below = full * (full + 1) / 2 * rows / tile + full * -(-start // tile)
+    return (below + -(-(start + length) // tile)) * rows * tile
+
+
+def work(shape: StepShape, rows: Iterable[tuple[int, int]], tile: int) -> tuple[float, int]:
+    """(pairs, context) of a step's rows, given as (first new token's place, new tokens)."""
+    pairs, context = 0.0, 0
+    for start, length in rows:
+        if length == 1:
+            context += start + 1
+        else:
+            pairs += visited(shape.tokens, start, length, tile)
+    return pairs, context

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from jmemserve.config import Role
 from jmemserve.errors import NameTaken, Unavailable
+from jmemserve.scheduler.cost_model import Profile
 from jmemserve.scheduler.messages import Beat, Member, MemberState, Probe, Probed, Ready, Roster
 from jmemserve.types import InstanceLoad, MemberReport
 
@@ -39,6 +40,7 @@ class Record:
     state: MemberState = MemberState.LOADING
     address: str = ""
     max_model_len: int = 0
+    profile: Profile | None = None  # what work costs there, if it was measured
     reason: str = ""  # why it is dead
     load: InstanceLoad | None = None
     probes: set[tuple[str, str]] = dataclasses.field(default_factory=set)  # (source, target) still to come
@@ -146,6 +148,7 @@ class Membership:
         self._compare(name, dict(message.facts))
         record.facts |= dict(message.facts)
         record.address, record.max_model_len = message.address, message.max_model_len
+        record.profile = message.profile
         others = [other.name for other in self.records.values() if other.state in _LINKED]
         record.probes = {pair for other in others for pair in ((name, other), (other, name))}
         return [self._enter(record, MemberState.JOINING, now), *self._settle(record, now)]

@@ -2,7 +2,8 @@
 
     front-end ──▶ instance    Submit, Abort, Move, Share, Probe, Roster, ChangeRole, ResetCache, AskPool, AskCache,
                               Leave
-    instance ──▶ front-end    News, Shared, CacheNews, CacheSnapshot, Beat, Ready, Probed, PoolNews, Leaving, Left
+    instance ──▶ front-end    News, Shared, CacheNews, CacheSnapshot, CostNews, Beat, Ready, Probed, PoolNews, Leaving,
+                              Left
 
 Times in them are those of the receiver's monotonic clock: a link between machines shifts them (``shifted``).
 """
@@ -12,6 +13,7 @@ import enum
 
 from jmemserve.config import Role
 from jmemserve.kvpool.events import Removed, Snapshot, Stored
+from jmemserve.scheduler.cost_model import Profile
 from jmemserve.types import Event, FinishReason, InstanceLoad, PoolReport, Request
 
 
@@ -167,6 +169,14 @@ class Ready:
     address: str
     facts: tuple[tuple[str, str], ...]
     max_model_len: int
+    profile: Profile | None = None  # what work costs there, if it was measured
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CostNews:
+    """Work costs something else than was said before."""
+
+    profile: Profile
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -196,7 +206,7 @@ class Left:
 
 
 ToInstance = Submit | Abort | Move | Share | Probe | Roster | ChangeRole | ResetCache | AskPool | AskCache | Leave
-FromInstance = News | Shared | CacheNews | CacheSnapshot | Beat | Ready | Probed | PoolNews | Leaving | Left
+FromInstance = News | Shared | CacheNews | CacheSnapshot | CostNews | Beat | Ready | Probed | PoolNews | Leaving | Left
 
 
 def shifted[M](message: M, by: float) -> M:

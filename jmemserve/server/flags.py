@@ -149,6 +149,7 @@ _ENGINE = (
     _engine_flag("tenant_weights", str, "shares of the service, NAME=WEIGHT,NAME=WEIGHT; of all others: 1"),
     _engine_flag("heartbeat_timeout_s", float, "seconds of silence after which an instance is dead"),
     _engine_flag("warmup", Warmup, "what is compiled before the server is ready"),
+    _engine_flag("calibrate_s", float, "seconds to measure what steps cost, before the server is ready; 0: off"),
     _Flag(
         "compilation_cache_dir",
         str,

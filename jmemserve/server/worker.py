@@ -21,6 +21,7 @@ import grpc.aio
 from jmemserve.config import ClusterSpec, InstanceSpec
 from jmemserve.devices import arrange_cpu_devices
 from jmemserve.engine.build import build, check_host_memory, model_facts, read_model_config
+from jmemserve.engine.calibrating import calibrated
 from jmemserve.engine.channel import Follower, Leader
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
 from jmemserve.engine.links import Side
@@ -225,6 +226,7 @@ class Worker:
         parts = build(spec, engine, config, cluster.num_devices, self._epoch, LocalExchange(), report, ways)
         if self._leader is not None:
             lead(parts.runner, self._leader)
+        parts = calibrated(parts, spec.name, engine, report)  # followers, if there are any, follow already
         self._counter = CompileCounter()
         host = Host(spec, parts, self._make_links, self._say, self._died, self._counter)
         host.instance.start()

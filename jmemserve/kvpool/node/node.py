@@ -64,7 +64,8 @@ class PoolNode:
         self.sender = tx.Sender(blocks)
         self.receiver = tx.Receiver(blocks, timeout_s)
         self._send, self._on_arrival = send, on_arrival
-        self._timeout_s, self._lease_s = timeout_s, lease_s
+        self.on_moved: Callable[[int, float], None] = lambda blocks, seconds: None  # what came, for who weighs costs
+        self._timeout_s, self._lease_s, self._renewed = timeout_s, lease_s, 0.0
         self._granularity, self._flags = granularity, flags  # of transfers that ask for nothing else
         self._pools = [ThreadPoolExecutor(2, f"{blocks.instance}-{what}") for what in ("ship", "land", "swap")]
         ship, land, swap = self._pools
@@ -73,7 +74,6 @@ class PoolNode:
         self._lander = Lander(store, arena, land, post, self.flush, self._landed, self.tally)
         self._transfers: dict[str, tuple[Transfer, Granularity]] = {}
         self.remote = Remote(blocks, self.peers, send, timeout_s, lease_s, self.tally)
-        self._renewed = 0.0
 
     # -- the paper's verbs ---------------------------------------------------------------------------------------------
 
@@ -359,6 +359,7 @@ class PoolNode:
                     self._land(item)
                 case tx.Arrived():
                     self.remote.lease(item.source, item.given, time.monotonic())
+                    self.on_moved(item.moved, time.monotonic() - item.offered)
                     try:
                         if item.private or item.blocks:
                             self._on_arrival(item)

@@ -239,3 +239,4 @@ class Arrived:
     tokens: tuple[int, ...] | None
     given: tuple[BlockAddress, ...] = ()  # allocated for the source from now on
     offered: float = dataclasses.field(default=0.0, compare=False)  # when the offer came, on the destination's clock
+    moved: int = dataclasses.field(default=0, compare=False)  # blocks whose bytes came; the others were there

@@ -263,8 +263,9 @@ class Receiver:
             pool.free_mem(blocks)
         self._remember(offer.transfer_id, True)
         kept = blocks if claimed else ()
+        moved = len(transfer.fresh)
         arrived = Arrived(
-            offer.transfer_id, offer.source, transfer.private, kept, offer.tokens, given, transfer.offered
+            offer.transfer_id, offer.source, transfer.private, kept, offer.tokens, given, transfer.offered, moved
         )
         return [arrived, Send(offer.source, Done(offer.transfer_id))]
 

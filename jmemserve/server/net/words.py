@@ -74,7 +74,7 @@ FROM_INSTANCE = Codec(
         enumerate(
             (
                 *(m.News, m.Beat, m.Ready, m.Probed, m.PoolNews, m.Leaving, m.Left),
-                *(m.Shared, m.CacheNews, m.CacheSnapshot),
+                *(m.Shared, m.CacheNews, m.CacheSnapshot, m.CostNews),
             )
         )
     )
