@@ -30,6 +30,7 @@ from jmemserve.types import Event, FinishReason, InstanceLoad, Timings, Usage
 
 PROMPT = 64  # tokens
 ANSWER = 200
+CLIENTS = Path(__file__).with_name("relay_clients.py")  # a process of its own
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -104,35 +105,6 @@ class Instance:
             await asyncio.sleep(max(0.0, following - time.monotonic()))
 
 
-async def clients(address: str, streams: int, tokens: int, seconds: float) -> dict[str, object]:
-    """So many streams at once, one request after the other; what they saw."""
-    first, got, messages, requests = [], 0, 0, 0
-    start = time.monotonic()
-    limit = start + seconds
-
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = pb_grpc.InferenceStub(channel)
-
-        async def one(number: int) -> None:
-            nonlocal got, messages, requests
-            while time.monotonic() < limit:
-                ids = pb.TokenIds(ids=[(number * 31 + place) % 200 + 5 for place in range(PROMPT)])
-                sampling = pb.SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0.0)
-                began, seen = time.monotonic(), False
-                async for answer in stub.Generate(pb.GenerateRequest(token_ids=ids, sampling=sampling)):
-                    if answer.HasField("delta"):
-                        if not seen:
-                            seen = True
-                            first.append(time.monotonic() - began)
-                        got += len(answer.delta.token_ids)
-                        messages += 1
-                requests += 1
-
-        await asyncio.gather(*(one(number) for number in range(streams)))
-    took = time.monotonic() - start
-    return {"tokens": got, "messages": messages, "requests": requests, "seconds": took, "first": first}
-
-
 def measure(streams: int, tokens: int, step_s: float, seconds: float, python: str = sys.executable) -> Row:
     """One cell: tokens handed on per second, per second of the front-end's CPU time, and the time to a first token."""
     command = [python, "-m", "jmemserve.serve", "--role", "frontend", "--port", "0"]
@@ -155,7 +127,7 @@ async def _drive(pid: int, address: str, streams: int, tokens: int, step_s: floa
     instance = asyncio.ensure_future(Instance(address, load_secret(None), step_s).run())
     await _open(address)
     child = await asyncio.create_subprocess_exec(
-        python, __file__, address, str(streams), str(tokens), str(seconds), stdout=asyncio.subprocess.PIPE
+        python, str(CLIENTS), address, str(streams), str(tokens), str(seconds), stdout=asyncio.subprocess.PIPE
     )
     used = cpu_seconds(pid)
     out, _ = await child.communicate()
@@ -188,8 +160,3 @@ async def _open(address: str) -> None:
                 return
             await asyncio.sleep(0.1)
     raise AssertionError("the front-end does not serve")
-
-
-if __name__ == "__main__":
-    where, count, wanted, duration = sys.argv[1:]
-    print(json.dumps(asyncio.run(clients(where, int(count), int(wanted), float(duration)))))

@@ -75,16 +75,16 @@ def cost(asked: Asked, view: View) -> Route:
     assert chosen is not None, f"nobody to choose from: {view}"
     prefill, decode = chosen
     way = ways.at(prefill)
-    ttft = _wait_s(prefill, way) + way.seconds - way.fetch_s if prefill.measured else 0.0
+    ttft = _wait_s(prefill, way) + prefill.pace * (way.seconds - way.fetch_s) if prefill.measured else 0.0
     return Route(prefill.name, decode.name, way.cached, way.source, way.source_blocks, ttft)
 
 
 def decode_there(asked: Asked, candidate: Candidate, lacking_blocks: int) -> float:
     """What decoding at an instance adds: moving what it lacks, the steps, and how much these slow down the others."""
-    costs, load = candidate.costs, candidate.load
-    before = costs.decode_step_s(min(load.running, candidate.slots), load.context)
+    costs, load, pace = candidate.costs, candidate.load, candidate.pace
+    before = pace * costs.decode_step_s(min(load.running, candidate.slots), load.context)
     running = min(load.running + 1, candidate.slots)
-    step = costs.decode_step_s(running, load.context + asked.tokens)
+    step = pace * costs.decode_step_s(running, load.context + asked.tokens)
     seconds = costs.transfer_s(lacking_blocks) + asked.output * (step + load.running * max(0.0, step - before))
     over = load.running + 1 - candidate.slots
     if over > 0:  # it waits until so many others have ended
@@ -96,11 +96,11 @@ def _decoder(asked: Asked, view: View) -> tuple[Candidate | None, float]:
     """Who decodes a prompt that was computed elsewhere. All blocks travel but those that are there."""
     best, least = None, math.inf
     whole = -(-asked.tokens // view.block_size)
-    known: dict[tuple[int, int, int, int], float] = {}
+    known: dict[tuple[int, float, int, int, int], float] = {}
     for candidate in view.decode:
         if candidate.role.decodes:
             load, held = candidate.load, view.held.get(candidate.name, NOTHING).blocks
-            key = id(candidate.costs), load.running, load.context, held
+            key = id(candidate.costs), candidate.pace, load.running, load.context, held
             seconds = known.get(key)
             if seconds is None:
                 seconds = known[key] = decode_there(asked, candidate, whole - held)
@@ -112,7 +112,7 @@ def _decoder(asked: Asked, view: View) -> tuple[Candidate | None, float]:
 def _prefill_there(ways: Ways, candidate: Candidate) -> float:
     """What computing the prompt at an instance adds: until the first token, and what decodes there stands still."""
     way = ways.at(candidate)
-    compute_s = way.seconds - way.fetch_s
+    compute_s = candidate.pace * (way.seconds - way.fetch_s)
     stalls = candidate.load.running if candidate.role.decodes else 0
     return _wait_s(candidate, way) + compute_s * (1 + stalls)
 

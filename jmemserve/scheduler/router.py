@@ -14,6 +14,7 @@ from jmemserve.errors import ConfigError, Unavailable
 from jmemserve.scheduler.beliefs import Beliefs, Predictions
 from jmemserve.scheduler.cost_model import CostModel, Profile
 from jmemserve.scheduler.cost_routing import best_decoder
+from jmemserve.scheduler.kinds import Kinds
 from jmemserve.scheduler.policies import POLICIES
 from jmemserve.scheduler.sessions import Sessions
 from jmemserve.scheduler.view import UNKNOWN, Asked, Candidate, Load, Route, View
@@ -72,7 +73,7 @@ class Router:
             raise ConfigError(f"there is no routing policy {policy!r}; the policies are {', '.join(POLICIES)}")
         self._policy, self._bypass, self._slots = POLICIES[policy], bypass is Bypass.AUTO, slots
         self._instances: dict[str, _Instance] = {}
-        self._unknown = CostModel(UNKNOWN)
+        self._unknown, self._kinds = CostModel(UNKNOWN), Kinds()
         self._output = OUTPUT_TOKENS
         self._block_size = block_size
         self._flights: dict[str, _Flight] = {}
@@ -136,7 +137,8 @@ class Router:
         """What work costs at an instance, as it measured it. Raises ConfigError for one that says nothing."""
         found = self._instances.get(instance)
         if found is not None:
-            found.costs, found.measured = CostModel(profile), True
+            found.costs, found.pace = self._kinds.place(profile)
+            found.measured = True
 
     def others(self, instance: str) -> bool:
         """Whether another instance is ready."""
@@ -170,7 +172,7 @@ class Router:
             prefill.load,
             decode.load,
             pending=len(tokens) - route.predicted_cached_tokens,
-            pending_s=_exact(prefill.costs.prefill_s(len(tokens), route.predicted_cached_tokens)),
+            pending_s=_exact(prefill.pace * prefill.costs.prefill_s(len(tokens), route.predicted_cached_tokens)),
         )
         self._flights[request_id] = flight
         prefill.load.pending += flight.pending

@@ -37,8 +37,9 @@ class Candidate:
 
     name: str
     role: Role
-    costs: CostModel
-    measured: bool = False  # whether ``costs`` are those of this instance
+    costs: CostModel  # of its kind
+    measured: bool = False  # whether they are known
+    pace: float = 1.0  # this one takes so much longer
     load: Load = dataclasses.field(default_factory=Load)
     slots: int = 1 << 20  # sequences that it can run at once
 

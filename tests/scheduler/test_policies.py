@@ -1,5 +1,7 @@
 """Policies: pure functions from a request and a view to a route. The cost policy against a search of all routes."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from jmemserve.config import Role
 from jmemserve.scheduler.cost_model import CostModel, Profile
 from jmemserve.scheduler.cost_routing import decode_there
+from jmemserve.scheduler.kinds import Kinds
 from jmemserve.scheduler.policies import POLICIES
 from jmemserve.scheduler.prompt_tree import Holding
 from jmemserve.scheduler.view import NOTHING, Asked, Candidate, Load, View
@@ -25,7 +28,7 @@ COSTS = CostModel(PROFILE)
 
 
 def one(name, role=Role.PREFILL, costs=COSTS, **load):
-    return Candidate(name, role, costs, True, Load(**load), slots=8)
+    return Candidate(name, role, costs, True, load=Load(**load), slots=8)
 
 
 def view(*candidates, held=None, bypass=False, turn=0):
@@ -136,7 +139,7 @@ def _slow_cost(asked, seen):
             arms.append((c.costs.transfer_s(most - blocks) + swap, c.costs.prefill_s(asked.tokens, most * C)))
         fetch, compute = min(arms, key=sum)
         stalls = c.load.running if c.role.decodes else 0
-        return max(c.load.pending_s, fetch) + compute * (1 + stalls)
+        return max(c.load.pending_s, fetch) + c.pace * compute * (1 + stalls)
 
     for p in seen.prefill:
         for d in [p] if p.role.decodes else [d for d in seen.decode if d.role.decodes] or [p]:
@@ -157,6 +160,7 @@ def test_cost_finds_the_cheapest_of_all_routes(data):
         candidates.append(
             one(f"i{number}", data.draw(st.sampled_from(Role)), context=data.draw(st.integers(0, 999)), **load)
         )
+        candidates[-1].pace = data.draw(st.sampled_from([0.5, 1.0, 3.0]))
         blocks = data.draw(st.integers(0, (tokens - 1) // C))
         if blocks:
             held[f"i{number}"] = Holding(blocks, data.draw(st.integers(0, blocks)))
@@ -169,3 +173,15 @@ def test_cost_finds_the_cheapest_of_all_routes(data):
     lacking = 0 if p is d else -(-tokens // C) - held.get(d.name, NOTHING).blocks
     assert first_token(p) + decode_there(asked, d, lacking) == pytest.approx(best)
     assert route == cost(asked, seen), "equal views give equal routes"
+
+
+def test_instances_of_one_kind_share_a_model_and_have_a_pace_of_their_own():
+    kinds = Kinds()
+    model, pace = kinds.place(PROFILE)
+    assert pace == 1.0
+    slower = dataclasses.replace(PROFILE, steps=tuple((t, s, 1.5 * x) for t, s, x in PROFILE.steps))
+    assert kinds.place(slower) == (model, pytest.approx(1.5))
+    bent = dataclasses.replace(PROFILE, steps=(*PROFILE.steps[:-1], (512, 8, 0.9)))
+    other, pace = kinds.place(bent)
+    assert other is not model and pace == 1.0
+    assert kinds.place(dataclasses.replace(PROFILE, steps=PROFILE.steps[1:]))[0] not in (model, other)
