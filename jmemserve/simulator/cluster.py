@@ -1,19 +1,23 @@
 """The front-end on virtual time: the real gateway and router, its clients, and the modelled instances."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
-from jmemserve.config import Bypass, InstanceSpec, Role
-from jmemserve.errors import Overloaded
+from jmemserve.config import EngineConfig, InstanceSpec, Role
+from jmemserve.errors import ConfigError, Overloaded
+from jmemserve.scheduler import messages as m
+from jmemserve.scheduler.admission import Limits
+from jmemserve.scheduler.beliefs import Predictions
 from jmemserve.scheduler.cost_model import CostModel, Profile
 from jmemserve.scheduler.gateway import Gateway
-from jmemserve.scheduler.messages import FromInstance, News
-from jmemserve.scheduler.router import Route, Router
+from jmemserve.scheduler.router import make_router
 from jmemserve.simulator.clock import Clock, Host
-from jmemserve.simulator.instance import Limits, SimInstance
+from jmemserve.simulator.instance import SimInstance
 from jmemserve.simulator.load import Job, Load
 from jmemserve.simulator.node import Network
 from jmemserve.types import Event, Request, SamplingParams
+
+TICK_S = 0.25  # the real front-end looks five times as often; what it looks for takes seconds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,12 +26,8 @@ class Setting:
 
     instances: tuple[InstanceSpec, ...]
     profiles: Mapping[Role, Profile]
-    limits: Limits = Limits()
-    policy: str = "longest_prefix"
-    bypass: Bypass = Bypass.OFF
-    tree_blocks: int = 1 << 16
-    tree_ttl_s: float = 600.0
-    max_queue: int = 1024
+    engine: EngineConfig  # with ``kv_cache_tokens``
+    dram_tokens: int = 0  # of each instance
     cores: float | None = None  # that all instances share; None: enough
 
 
@@ -41,7 +41,6 @@ class Outcome:
     asked: int  # tokens wanted
     tokens: int = 0
     cached: int = 0  # prompt tokens found in a prefix cache
-    predicted: int = 0  # the same, as the router believed
     first: float = 0.0
     last: float = 0.0
     error: str = ""
@@ -59,17 +58,6 @@ class Outcome:
         return self.last - self.arrival
 
 
-class _WatchedRouter(Router):
-    """Tells what it predicts."""
-
-    predicted: int = 0
-
-    def route(self, request_id: str, tokens: Sequence[int], salt: str, now: float) -> Route:
-        route = super().route(request_id, tokens, salt, now)
-        self.predicted = route.predicted_cached_tokens
-        return route
-
-
 class SimCluster:
     """Run a load with ``run``; afterwards ``outcomes``, ``instances`` and ``network`` tell what happened."""
 
@@ -80,24 +68,33 @@ class SimCluster:
         self.outcomes: list[Outcome] = []
         self._progress = progress
         self._open: dict[str, tuple[Job, Outcome, list[int], list[int]]] = {}
-        limits = setting.limits
-        self._router = _WatchedRouter(
-            [(spec.name, spec.role) for spec in setting.instances],
-            limits.block_size,
-            setting.policy,
-            setting.tree_blocks,
-            setting.tree_ttl_s,
-            limits.caching,
-            setting.bypass,
-        )
-        self._gateway = Gateway(self._router, setting.max_queue)
+        engine = setting.engine
+        assert engine.kv_cache_tokens is not None, "the size of a pool is given in tokens"
+        blocks = engine.kv_cache_tokens // engine.block_size, setting.dram_tokens // engine.block_size
+        self._router = make_router(engine)
+        self._gateway = Gateway(self._router, Limits.of(engine))
+        self._ticking = False
         host = Host(self.clock, setting.cores)
-        models = {role: CostModel(profile) for role, profile in setting.profiles.items()}
         self.instances: dict[str, SimInstance] = {}
         for spec in setting.instances:
-            self.instances[spec.name] = SimInstance(
-                spec, limits, models[spec.role], self.network, host, self._listener(spec.name)
+            if spec.role not in setting.profiles:
+                raise ConfigError(f"there is no profile for a {spec.role.value} instance")
+            name, profile = spec.name, setting.profiles[spec.role]
+            self.instances[name] = SimInstance(
+                spec, engine, blocks, CostModel(profile), self.network, host, self._listener(name)
             )
+            self._gateway.add(name, spec.role, 0.0)
+            self._router.set_profile(name, profile)
+
+    @property
+    def predictions(self) -> Predictions:
+        """How well the router knew what was cached."""
+        return self._router.predictions
+
+    @property
+    def pulls(self) -> int:
+        """Requests for which a peer was asked to send blocks first."""
+        return self._gateway.counts.pulls
 
     def run(self, load: Load) -> None:
         """Until every request has ended and nothing moves any more."""
@@ -131,9 +128,9 @@ class SimCluster:
         self.outcomes.append(outcome)
         number = len(self.outcomes)
         params = SamplingParams(temperature=0.0, max_tokens=job.output, ignore_eos=True)
-        request = Request(str(number), tuple(prompt), params, seed=number, arrival=now)
-        longest = self.setting.limits.kv_tokens
-        if len(prompt) + job.output > longest:
+        request = Request(str(number), tuple(prompt), params, seed=number, arrival=now, session=job.session)
+        longest = self.setting.engine.kv_cache_tokens
+        if longest is not None and len(prompt) + job.output > longest:
             outcome.error = f"{len(prompt)} + {job.output} tokens do not fit into a pool of {longest}"
             self._progress(1)
             return
@@ -145,16 +142,43 @@ class SimCluster:
             outcome.error = str(error)
             self._progress(1)
             return
-        outcome.predicted = self._router.predicted
+        if not self._ticking:
+            self._tick()
         self._flush()
 
-    def _listener(self, name: str) -> Callable[[FromInstance], None]:
-        def say(message: FromInstance) -> None:
-            assert isinstance(message, News), message
-            self._hear(self._gateway.news(name, message.events, self.clock.now))
-            self._flush()
+    def _listener(self, name: str) -> Callable[[m.FromInstance], None]:
+        """Takes what an instance says, as ``engine.cluster`` does."""
+        beliefs = self._router.beliefs
+
+        def say(message: m.FromInstance) -> None:
+            now = self.clock.now
+            match message:
+                case m.News():
+                    self._hear(self._gateway.news(name, message.events, now))
+                    self._flush()
+                case m.Shared():
+                    self._gateway.shared(name, message.request_id)
+                    self._flush()
+                case m.CacheNews():
+                    if not beliefs.on_events(name, message.events, now):
+                        self.instances[name].post(m.AskCache())
+                case m.CacheSnapshot():
+                    beliefs.on_snapshot(name, message.snapshot, message.first, message.last)
+                case _:
+                    raise AssertionError(f"{name} says {message!r}")
 
         return say
+
+    def _tick(self) -> None:
+        """What time demands, as long as there is something to do."""
+        now = self.clock.now
+        self._hear(self._gateway.tick(now))
+        self._flush()
+        for name in self._router.beliefs.wanted(now):
+            self.instances[name].post(m.AskCache())
+        self._ticking = bool(self._open)
+        if self._ticking:
+            self.clock.at(now + TICK_S, self._tick)
 
     def _hear(self, events: Iterable[Event]) -> None:
         now = self.clock.now

@@ -9,19 +9,21 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from jmemserve.config import Caching, InstanceSpec, SwapPolicy
+from jmemserve.config import EngineConfig, InstanceSpec, PromptTrees, SwapPolicy
+from jmemserve.engine.cache_news import CacheTeller
 from jmemserve.engine.messages import FromPeer
 from jmemserve.engine.moves import Moves
 from jmemserve.engine.returns import Returns
+from jmemserve.engine.sharing import Sharing
 from jmemserve.errors import TransferError
 from jmemserve.kvpool import BlockPool, Swap
 from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.events import EventLog
 from jmemserve.kvpool.swaps import WRITE_BACK_BELOW, WRITE_BACK_BLOCKS
+from jmemserve.scheduler import messages as m
 from jmemserve.scheduler.cost_model import CostModel
 from jmemserve.scheduler.costs import CostMeter
 from jmemserve.scheduler.local import LocalScheduler
-from jmemserve.scheduler.messages import Abort, FromInstance, Move, News, Submit
 from jmemserve.scheduler.plan import Plan, step_shapes
 from jmemserve.scheduler.rules import is_crowded, teaches_prefill, wants_to_leave
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
@@ -37,17 +39,7 @@ def made_up(seed: int, place: int) -> int:
     return WORDS[(seed * 40_503 + place * 9_973) & 32_767]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """What an instance is built with; sizes in tokens."""
-
-    block_size: int = 16
-    kv_tokens: int = 65_536
-    dram_tokens: int = 0
-    max_num_seqs: int = 16
-    max_num_batched_tokens: int = 512
-    caching: Caching = Caching.FULL
-    swap: SwapPolicy = SwapPolicy.AUTO
+IDLE_S = 0.05  # how often an idle instance comes round while it has something to tell of its cache
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -60,31 +52,33 @@ class _Flight:
 
 
 class SimInstance:
-    """``say(message)``: to the front-end."""
+    """``blocks``: of its pool, in HBM and in DRAM; ``say(message)``: to the front-end."""
 
     def __init__(
         self,
         spec: InstanceSpec,
-        limits: Limits,
+        engine: EngineConfig,
+        blocks: tuple[int, int],
         costs: CostModel,
         network: Network,
         host: Host,
-        say: Callable[[FromInstance], None],
+        say: Callable[[m.FromInstance], None],
     ):
         self.spec, self.costs = spec, costs
         self._clock: Clock = network.clock
-        self._limits, self._say = limits, say
+        self._engine, self._say, self._has_dram = engine, say, blocks[1] > 0
         self.device = Device(host, self._clock)
-        size = limits.block_size
-        blocks = limits.kv_tokens // size, limits.dram_tokens // size
-        self.pool = BlockPool(spec.name, 1, blocks[0], size, blocks[1], log=EventLog())
-        self.pool.caching = limits.caching.keeps(spec.role)
-        role, most = spec.role, (limits.max_num_seqs, limits.max_num_batched_tokens)
+        self.pool = BlockPool(spec.name, 1, blocks[0], engine.block_size, blocks[1], log=EventLog())
+        self.pool.caching = engine.caching.keeps(spec.role)
+        role, most = spec.role, (engine.max_num_seqs, engine.max_num_batched_tokens)
         shapes = step_shapes(role.decodes, role.prefills, *most)
         self.scheduler = LocalScheduler(self.pool, shapes, self._leaves, self._retire)
         self.node = SimNode(self.pool, network, self.device, costs, self.post, self._adopt)
         self._moves = Moves(spec.name, self.node, self.scheduler, self._gone)
-        self._returns = Returns(self.node)
+        self._returns, self._sharing = Returns(self.node), Sharing(self.node, say)
+        self._teller = CacheTeller(self.pool, say)
+        if engine.prompt_trees is PromptTrees.EVENTS:
+            self._teller.begin()
         self._meter, self._landed, self._swapped_until = CostMeter(), 0.0, 0.0
         self._inbox: list[object] = []
         self._by_id: dict[str, Sequence] = {}
@@ -101,8 +95,12 @@ class SimInstance:
         """Put something into the inbox; an idle instance comes round at once."""
         self._inbox.append(message)
         if self._idle:
+            self._clock.at(self._clock.now, self._wake)
+
+    def _wake(self) -> None:
+        if self._idle:
             self._idle = False
-            self._clock.at(self._clock.now, self._turn)
+            self._turn()
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -111,6 +109,7 @@ class SimInstance:
             now = self._clock.now
             self._take_messages(now)
             self._write_back()
+            self._teller.poll(now)
             plan = self.scheduler.plan(now)
             self._swap()
             following = self._launch(plan, now) if plan is not None else None
@@ -122,8 +121,10 @@ class SimInstance:
                 self._commit(before)
             self._flush()
             if before is None and following is None:
-                self._idle = not self._inbox
-                if self._idle:
+                if not self._inbox:
+                    self._idle = True
+                    if self._teller.behind:
+                        self._clock.at(now + IDLE_S, self._wake)
                     return
 
     def _launch(self, plan: Plan, now: float) -> _Flight:
@@ -152,12 +153,16 @@ class SimInstance:
                 match message:
                     case FromPeer():
                         self._on_peer(message.peer, message.message)
-                    case Submit():
+                    case m.Submit():
                         self._submit(message)
-                    case Abort():
+                    case m.Abort():
                         self._abort(message)
-                    case Move():
+                    case m.Move():
                         self._move(message)
+                    case m.Share():
+                        self._sharing.share(message)
+                    case m.AskCache():
+                        self._teller.begin()
                     case _ if callable(message):
                         message()
                     case _:
@@ -166,25 +171,25 @@ class SimInstance:
     def _flush(self) -> None:
         if self._events:
             events, self._events = self._events, []
-            self._say(News(tuple(events)))
+            self._say(m.News(tuple(events)))
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def _submit(self, message: Submit) -> None:
+    def _submit(self, message: m.Submit) -> None:
         request = message.request
         stamps = Stamps(arrival=request.arrival, first_token=message.first_token)
         seq = Sequence(request, [*request.prompt, *message.generated], message.decode, stamps=stamps)
         self.scheduler.submit(seq)
         self._by_id[request.id], self._told[request.id] = seq, len(message.generated)
 
-    def _abort(self, message: Abort) -> None:
+    def _abort(self, message: m.Abort) -> None:
         seq = self._by_id.get(message.request_id)
         if seq is not None:
             self._moves.give_up(seq)
             self.scheduler.finish(seq)
             self._tell(seq, message.reason)
 
-    def _move(self, message: Move) -> None:
+    def _move(self, message: m.Move) -> None:
         seq = self._by_id.get(message.request_id)
         if seq is not None:
             seq.decode_hint, seq.moving = message.to, message.to != self.spec.name
@@ -227,23 +232,23 @@ class SimInstance:
         began, self._landed = max(flight.launched, self._landed), now
         tokens = flight.plan.num_tokens
         self.computed += tokens
-        if not self._limits.dram_tokens:
+        if not self._has_dram:
             return
         if teaches_prefill(flight.plan):
             self._meter.step(tokens, now - began)
-        if self._limits.swap is SwapPolicy.AUTO:
+        if self._engine.swap is SwapPolicy.AUTO:
             self.scheduler.swap_costs = self._meter.costs()
             self.pool.swaps.enabled = self.scheduler.swap_costs.worth(1, self.pool.block_size)
 
     # -- between media ------------------------------------------------------------------------------------------------
 
     def _write_back(self) -> None:
-        if self._limits.dram_tokens and self.pool.reclaimable < WRITE_BACK_BELOW * self.pool.capacity:
+        if self._has_dram and self.pool.reclaimable < WRITE_BACK_BELOW * self.pool.capacity:
             self.pool.write_back(WRITE_BACK_BLOCKS)
 
     def _swap(self) -> None:
         """Begin the copies that were ordered; one after the other goes over the host's bus, after what is enqueued."""
-        if not self._limits.dram_tokens:
+        if not self._has_dram:
             return
         self.scheduler.swaps_in.clear()
         for swap in self.pool.swaps.take():
@@ -270,7 +275,7 @@ class SimInstance:
         self._forget(seq)
 
     def _retire(self, seq: Sequence) -> None:
-        if self._limits.caching.returns and self.pool.caching:
+        if self._engine.caching.returns and self.pool.caching:
             self._returns.send(seq)
 
     def _on_peer(self, peer: str, message: tx.Message) -> None:

@@ -19,8 +19,8 @@ def summary(cluster: SimCluster) -> Row:
     row: Row = {
         "mesh": mesh_of(cluster),
         "devices": sum(spec.model_axis for spec in setting.instances),
-        "policy": setting.policy,
-        "caching": setting.limits.caching.value,
+        "policy": setting.engine.policy.value,
+        "caching": setting.engine.caching.value,
         "requests": len(served),
         "refused": len(cluster.outcomes) - len(served),
         "duration_s": clock.now,
@@ -31,9 +31,10 @@ def summary(cluster: SimCluster) -> Row:
         values = [getattr(o, name) for o in served if name != "tpot" or o.tokens > 1]
         row |= figures(name, values)
     row |= _hits(cluster)
-    row["predicted_hit_error"] = _share(sum(abs(o.predicted - o.cached) for o in served), row["prompt_tokens"])
-    row["false_hits"] = _share(sum(max(0, o.predicted - o.cached) for o in served), row["prompt_tokens"])
-    row["missed_hits"] = _share(sum(max(0, o.cached - o.predicted) for o in served), row["prompt_tokens"])
+    known = cluster.predictions
+    row["false_hits"] = _share(known.over_tokens, known.prompt_tokens)
+    row["missed_hits"] = _share(known.under_tokens, known.prompt_tokens)
+    row["pulls"] = cluster.pulls
     kinds = {spec.name: spec.role.value for spec in setting.instances}
     row["moved_blocks"] = sum(cluster.network.blocks.values())
     row["transfers"] = cluster.network.transfers
