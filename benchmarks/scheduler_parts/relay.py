@@ -6,7 +6,6 @@ The front-end is the real one. The instance joins as every other does and answer
 pace, all sequences one token per step, as continuous batching does.
 """
 
-import argparse
 import asyncio
 import json
 import os

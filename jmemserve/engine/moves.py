@@ -27,7 +27,7 @@ class Peers(Protocol):
 
 
 class Node(Protocol):
-    """What moves, returns and shares need of a ``PoolNode``, whose docstrings hold; the simulator has one of its own."""
+    """What moves, returns and shares need of a ``PoolNode``; the simulator has one of its own."""
 
     @property
     def blocks(self) -> BlockPool: ...

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
-from jmemserve.config import EngineConfig, InstanceSpec, Role
-from jmemserve.errors import ConfigError, Overloaded
+from jmemserve.config import EngineConfig, InstanceSpec
+from jmemserve.errors import Overloaded
 from jmemserve.scheduler import messages as m
 from jmemserve.scheduler.admission import Limits
 from jmemserve.scheduler.beliefs import Predictions
@@ -25,7 +25,7 @@ class Setting:
     """What is simulated."""
 
     instances: tuple[InstanceSpec, ...]
-    profiles: Mapping[Role, Profile]
+    profiles: Mapping[str, Profile]  # by instance
     engine: EngineConfig  # with ``kv_cache_tokens``
     dram_tokens: int = 0  # of each instance
     cores: float | None = None  # that all instances share; None: enough
@@ -77,9 +77,7 @@ class SimCluster:
         host = Host(self.clock, setting.cores)
         self.instances: dict[str, SimInstance] = {}
         for spec in setting.instances:
-            if spec.role not in setting.profiles:
-                raise ConfigError(f"there is no profile for a {spec.role.value} instance")
-            name, profile = spec.name, setting.profiles[spec.role]
+            name, profile = spec.name, setting.profiles[spec.name]
             self.instances[name] = SimInstance(
                 spec, engine, blocks, CostModel(profile), self.network, host, self._listener(name)
             )

@@ -98,7 +98,18 @@ def _share(part: float, whole: float) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """One line per run; times in milliseconds."""
-    head: tuple[str, ...] = ("cluster", "policy", "caching", "served", "TTFT p50", "p99", "TPOT p50", "p99", "JCT p50", "p99")
+    head: tuple[str, ...] = (
+        "cluster",
+        "policy",
+        "caching",
+        "served",
+        "TTFT p50",
+        "p99",
+        "TPOT p50",
+        "p99",
+        "JCT p50",
+        "p99",
+    )
     head = (*head, "hits", "DRAM", "moved blocks", "busy")
     lines = [head]
     for row in rows:

@@ -68,7 +68,7 @@ def converse(
     scale: int = 1,
     longest: int = 1 << 30,
 ) -> Load:
-    """Sessions begin at random times, so that ``rate`` requests per second come; a turn follows ``think_s`` (on average)
+    """Sessions begin at random times, so that ``rate`` requests per second come; a turn follows ``think_s`` (a mean)
     after the answer before, and its prompt has that answer's own tokens. After the last session the first comes again.
 
     A session ends where a turn would have more than ``longest`` tokens.
@@ -126,6 +126,8 @@ class _Talk:
         follows = functools.partial(self._after, before, said + user, turn + 1) if turn + 1 < len(self.turns) else None
         return Job(self.name, make, answer, follows)
 
-    def _after(self, before: list[int], said: int, turn: int, prompt: list[int], answer: list[int]) -> tuple[float, Job]:
+    def _after(
+        self, before: list[int], said: int, turn: int, prompt: list[int], answer: list[int]
+    ) -> tuple[float, Job]:
         history = [*prompt, *answer] if self.chained else before
         return self.pauses[turn], self.job(history, said, turn)

@@ -50,6 +50,17 @@ def read_lines[T](path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
     return found
 
 
+def is_hash_trace(path: Path) -> bool:
+    """Whether a file is of this form; else it is one of sessions. Raises ConfigError for neither."""
+    first = read_lines(path, lambda line: line)[0]
+    if not isinstance(first, dict) or not {"hash_ids", "turns", "doc", "steps"} & first.keys():
+        raise ConfigError(
+            f"--trace {path}, line 1: neither of a hash trace (timestamp, input_length, output_length, hash_ids) nor "
+            "of a session (turns; or doc and qa; or question and steps)"
+        )
+    return "hash_ids" in first
+
+
 def read_calls(path: Path) -> list[Call]:
     """The lines of a hash trace, by time. Raises ConfigError."""
 
