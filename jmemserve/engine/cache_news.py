@@ -38,6 +38,12 @@ class CacheTeller:
         self._told = None
         self._parts.clear()
 
+    @property
+    def behind(self) -> bool:
+        """Is there something that the front-end has not heard of?"""
+        log = self._pool.log
+        return self._told is not None and log is not None and (bool(self._parts) or log.last > self._told)
+
     def poll(self, now: float) -> None:
         """Say what is due: never much at once."""
         log = self._pool.log

@@ -31,6 +31,7 @@ from jmemserve.kvpool import transfer as tx
 from jmemserve.kvpool.node import PoolNode
 from jmemserve.scheduler import messages as m
 from jmemserve.scheduler.local import LocalScheduler
+from jmemserve.scheduler.rules import is_crowded, wants_to_leave
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
 from jmemserve.types import Event, FinishReason, InstanceLoad, TokenLogprobs, Usage
 
@@ -281,11 +282,8 @@ class Instance:
     # -- moving a sequence away -------------------------------------------------------------------------------
 
     def _leaves(self, seq: Sequence) -> bool:
-        """A prefill-only instance lets go as soon as there is nothing left to catch up with, others when asked."""
-        wanted = seq.moving or not self.role.decodes and not seq.stays
-        if not wanted or seq.full or seq.decode_hint in (None, self.spec.name):
-            return False
-        return self.node.peers.known(str(seq.decode_hint)) is not None
+        known = self.node.peers.known
+        return wants_to_leave(seq, self.role, self.spec.name) and known(str(seq.decode_hint)) is not None
 
     def _move(self, message: m.Move) -> None:
         seq = self._by_id.get(message.request_id)
@@ -304,7 +302,7 @@ class Instance:
 
     def _on_peer(self, peer: str, message: tx.Message) -> None:
         # Those who wait here get blocks first. A newcomer of whatever rank loses nothing: it goes on where it is.
-        crowded = bool(self.scheduler.waiting) or len(self._by_id) >= 2 * self.scheduler.max_seqs
+        crowded = is_crowded(self.scheduler, len(self._by_id))
         if isinstance(message, tx.Offer) and message.flags & tx.Flags.CLAIM and (crowded or self._leaving):
             if self.node.peers.known(peer) is not None:
                 self._send(peer, tx.Refuse(message.transfer_id, "too many sequences"))
@@ -313,7 +311,7 @@ class Instance:
 
     def _adopt(self, arrived: tx.Arrived) -> None:
         """Every block is in place: go on with the sequence here. Raises TransferError if it is not taken."""
-        seq = self._moves.take_in(arrived)
+        seq = self._moves.take_in(arrived, time.monotonic())
         if seq.request.id in self._by_id:  # it has come back before its former stay here was over
             self.pool.free_mem(arrived.blocks)
             raise TransferError(f"{seq.request.id} is here already")

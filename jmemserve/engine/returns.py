@@ -4,8 +4,8 @@ They go when the request has ended, so nobody waits for them: whole blocks only,
 other side lacks. What cannot go now is not sent later; the next turn computes it again.
 """
 
+from jmemserve.engine.moves import Moving, Node
 from jmemserve.errors import PoolError
-from jmemserve.kvpool.node import PoolNode, Transfer
 from jmemserve.scheduler.sequence import Sequence
 
 MAX_RETURNS = 64  # under way at once
@@ -14,7 +14,7 @@ MAX_RETURNS = 64  # under way at once
 class Returns:
     """The transfers back. Call from the instance's thread."""
 
-    def __init__(self, node: PoolNode):
+    def __init__(self, node: Node):
         self._node = node
         self._under_way: set[str] = set()
         self.begun = self.skipped = self.failed = 0
@@ -42,6 +42,6 @@ class Returns:
         self._under_way.add(moving.transfer_id)
         moving.future.add_done_callback(lambda _: self._over(moving))
 
-    def _over(self, moving: Transfer) -> None:
+    def _over(self, moving: Moving) -> None:
         self._under_way.discard(moving.transfer_id)
         self.failed += moving.future.exception() is not None

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
+from jmemserve.engine.moves import Node
 from jmemserve.errors import PoolError
-from jmemserve.kvpool.node import PoolNode
 from jmemserve.scheduler.messages import Share, Shared
 
 MAX_SHARES = 64  # under way at once; who asks for more computes
@@ -12,7 +12,7 @@ MAX_SHARES = 64  # under way at once; who asks for more computes
 class Sharing:
     """Of one instance; call from its thread. Every Share is answered by a Shared, however it went."""
 
-    def __init__(self, node: PoolNode, say: Callable[[Shared], None]):
+    def __init__(self, node: Node, say: Callable[[Shared], None]):
         self._node, self._say = node, say
         self._under_way = 0
 

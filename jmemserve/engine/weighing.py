@@ -9,6 +9,7 @@ from jmemserve.scheduler.costs import CostMeter
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.messages import CostNews
 from jmemserve.scheduler.refining import Refiner
+from jmemserve.scheduler.rules import teaches_prefill
 
 PERIOD_S = 5.0  # between two messages of new costs
 
@@ -41,10 +42,9 @@ class Weigher:
         """A step has ended: learn what computing costs, and see if swapping is worth it."""
         began, self._landed = max(flight.launched, self._landed), now
         rows = [(piece.start, piece.length) for piece in flight.plan.slices]
-        tokens = sum(length for _, length in rows)
         self._refiner.step(flight.plan.shape, rows, now - began)
-        if tokens >= 4 * len(rows):  # mostly of prompts
-            self._meter.step(tokens, now - began)
+        if teaches_prefill(flight.plan):
+            self._meter.step(flight.plan.num_tokens, now - began)
         if self._swap is SwapPolicy.AUTO:
             pool = self._scheduler.pool
             self._scheduler.swap_costs = self._meter.costs()

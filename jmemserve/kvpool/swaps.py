@@ -14,6 +14,8 @@ from jmemserve.kvpool.index import TokenIndex
 from jmemserve.kvpool.ledger import Ledger
 from jmemserve.kvpool.references import References
 
+WRITE_BACK_BELOW = 0.1  # share of HBM that can be given away without loss; below it copies to DRAM are made ahead
+WRITE_BACK_BLOCKS = 16  # per turn of the pool's owner
 MAX_ON_THE_WAY = 256  # blocks going to DRAM at once; each keeps a copy on the device until it has arrived
 
 

@@ -21,7 +21,7 @@ from sim_device import STOP, VOCABULARY, AtOnce, Clock, Threads, Wire, Workers, 
 from jmemserve.config import Bypass, Caching, ClusterSpec, EngineConfig, Role
 from jmemserve.engine import cluster as cluster_module
 from jmemserve.engine import instance as instance_module
-from jmemserve.engine import links, moves, pool_report
+from jmemserve.engine import links, pool_report
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.messages import FromPeer
@@ -132,7 +132,7 @@ class World:
         self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> "World":
-        for module in (instance_module, moves, node_module, cluster_module, swapper, pool_report):
+        for module in (instance_module, node_module, cluster_module, swapper, pool_report):
             self._patches.enter_context(mock.patch.object(module, "time", self.clock))
         self._patches.enter_context(mock.patch.object(links, "ThreadPoolExecutor", AtOnce))
         for module in (instance_module, links):

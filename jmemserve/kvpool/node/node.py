@@ -30,14 +30,12 @@ from jmemserve.kvpool.node.swapper import Swapper
 from jmemserve.kvpool.node.tally import Tally
 from jmemserve.kvpool.stats import NodeStats
 from jmemserve.kvpool.store import PageStore
-from jmemserve.kvpool.swaps import Swap
+from jmemserve.kvpool.swaps import WRITE_BACK_BELOW, WRITE_BACK_BLOCKS, Swap
 from jmemserve.kvpool.transfer import Flags, Granularity
 from jmemserve.kvpool.transports import Transport
 
 TIMEOUT_S = 30.0  # of each state of a transfer without a sign of life
 LEASE_S = 30.0  # of blocks allocated for a peer, without a Renew from it
-WRITE_BACK_BELOW = 0.1  # share of HBM that can be given away without loss; below it copies to DRAM are made ahead
-WRITE_BACK_BLOCKS = 16  # per poll
 
 
 class PoolNode:
