@@ -281,7 +281,7 @@ class PromptTree:
                 node = self._isolate(node, bottom, high, touched)
                 node.hbm, node.dram = hbm, dram
                 if node.times is not None and not (hbm | dram) & slot.bit:
-                    del node.times[slot]
+                    node.times.pop(slot, None)
                     node.times = node.times or None
                 self._merge(touched)
             else:
