@@ -1,11 +1,11 @@
 """Three ways to know which instance holds which prefix: the global tree, and two plain ones to compare it with.
 
 Conversations have numbers and begin with the same system prompt, number 0. ``store`` and ``remove`` prepare a change as
-an instance's events would tell it, and return the call that takes it in: only that is timed.
+an instance would tell it; ``take`` takes in some of them, those of one message, and only that is timed.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import Any
 
 import xxhash
 
@@ -27,10 +27,14 @@ class Believer:
     def __init__(self, instances: int):
         self.names = [f"i{number}" for number in range(instances)]
 
-    def store(self, instance: int, number: int, raw: bytes, start: int) -> Callable[[], object]:
+    def store(self, instance: int, number: int, raw: bytes, start: int) -> Any:
         raise NotImplementedError
 
-    def remove(self, instance: int, number: int, raw: bytes, start: int) -> Callable[[], object]:
+    def remove(self, instance: int, number: int, raw: bytes, start: int) -> Any:
+        raise NotImplementedError
+
+    def take(self, instance: int, changes: Sequence[Any]) -> bool:
+        """Take in changes, in order; False if one is refused."""
         raise NotImplementedError
 
     def match(self, raw: bytes) -> dict[str, int]:
@@ -48,10 +52,12 @@ class Tree(Believer):
             self.tree.join(name)
         self.feeds = [EventFeed(self.tree, name) for name in self.names]
         self._following = [START + 1] * instances
+        self._numbers = [0] * instances
         self._ids: list[dict[int, list[int]]] = [{} for _ in self.names]  # by conversation, after the system prompt
 
-    def store(self, instance: int, number: int, raw: bytes, start: int) -> Callable[[], object]:
-        count, first, feed = len(raw) // STEP - start, self._following[instance], self.feeds[instance]
+    def store(self, instance: int, number: int, raw: bytes, start: int) -> Any:
+        count, first = len(raw) // STEP - start, self._following[instance]
+        self._numbers[instance] += 1
         self._following[instance] += count
         ids = self._ids[instance].setdefault(number, [])
         new = tuple(range(first, first + count))
@@ -62,14 +68,17 @@ class Tree(Believer):
             del ids[start - SYSTEM :]
             parent = ids[-1] if ids else SYSTEM
             ids += new
-        event = Stored(feed.number + 1, Medium.HBM, SPACE, parent, new, raw[start * STEP :])
-        return partial(feed.apply, (event,))
+        return Stored(self._numbers[instance], Medium.HBM, SPACE, parent, new, raw[start * STEP :])
 
-    def remove(self, instance: int, number: int, raw: bytes, start: int) -> Callable[[], object]:
-        ids, feed = self._ids[instance][number], self.feeds[instance]
+    def remove(self, instance: int, number: int, raw: bytes, start: int) -> Any:
+        ids = self._ids[instance][number]
+        self._numbers[instance] += 1
         gone = tuple(ids[start - SYSTEM : len(raw) // STEP - SYSTEM][::-1])  # a pool evicts from the end
         del ids[start - SYSTEM :]
-        return partial(feed.apply, (Removed(feed.number + 1, Medium.HBM, gone),))
+        return Removed(self._numbers[instance], Medium.HBM, gone)
+
+    def take(self, instance: int, changes: Sequence[Any]) -> bool:
+        return self.feeds[instance].apply(changes)
 
     def match(self, raw: bytes) -> dict[str, int]:
         return {name: held.blocks for name, held in self.tree.match(raw, "", len(raw) // STEP).items()}
@@ -102,22 +111,24 @@ class Hashes(Believer):
             keys.append(xxhash.xxh3_128_digest((keys[-1] if keys else b"") + raw[at : at + STEP]))
         return keys[: len(raw) // STEP]
 
-    def store(self, instance: int, number: int, raw: bytes, start: int) -> Callable[[], object]:
-        return partial(self._add, self._chain(number, raw)[start:], self.names[instance])
+    def store(self, instance: int, number: int, raw: bytes, start: int) -> Any:
+        return True, self._chain(number, raw)[start:]
 
-    def _add(self, keys: Sequence[bytes], name: str) -> None:
-        for key in keys:
-            self.holders.setdefault(key, set()).add(name)
+    def remove(self, instance: int, number: int, raw: bytes, start: int) -> Any:
+        return False, self._chain(number, raw)[start:]
 
-    def remove(self, instance: int, number: int, raw: bytes, start: int) -> Callable[[], object]:
-        return partial(self._drop, self._chain(number, raw)[start:], self.names[instance])
-
-    def _drop(self, keys: Sequence[bytes], name: str) -> None:
-        for key in keys:
-            found = self.holders[key]
-            found.remove(name)
-            if not found:
-                del self.holders[key]
+    def take(self, instance: int, changes: Sequence[Any]) -> bool:
+        name, holders = self.names[instance], self.holders
+        for added, keys in changes:
+            for key in keys:
+                if added:
+                    holders.setdefault(key, set()).add(name)
+                else:
+                    found = holders[key]
+                    found.remove(name)
+                    if not found:
+                        del holders[key]
+        return True
 
     def match(self, raw: bytes) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -143,13 +154,21 @@ class Indices(Believer):
         self.indices = [TokenIndex(BLOCK, (count, 0), lambda location: False) for count in blocks]
         self._free = [list(range(count, 0, -1)) for count in blocks]
 
-    def store(self, instance: int, number: int, raw: bytes, start: int) -> Callable[[], object]:
+    def store(self, instance: int, number: int, raw: bytes, start: int) -> Any:
         known = self.indices[instance].find(raw, SPACE, start)
         new = [self._free[instance].pop() for _ in range(len(raw) // STEP - start)]
-        return partial(self.indices[instance].insert, raw, SPACE, known + new)
+        return raw, known + new
 
-    def remove(self, instance: int, number: int, raw: bytes, start: int) -> Callable[[], object]:
-        return lambda: self._free[instance].extend(self.indices[instance].remove(raw[: (start + 1) * STEP], SPACE))
+    def remove(self, instance: int, number: int, raw: bytes, start: int) -> Any:
+        return raw[: (start + 1) * STEP], None
+
+    def take(self, instance: int, changes: Sequence[Any]) -> bool:
+        for raw, locations in changes:
+            if locations is not None:
+                self.indices[instance].insert(raw, SPACE, locations)
+            else:
+                self._free[instance] += self.indices[instance].remove(raw, SPACE)
+        return True
 
     def match(self, raw: bytes) -> dict[str, int]:
         limit = len(raw) // STEP

@@ -2,10 +2,11 @@
 
 import dataclasses
 import gc
+import itertools
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pool_parts.rows import Aim, Part, Row, median
@@ -16,6 +17,7 @@ SEVERAL = 0.2  # of the conversations are held by three instances, the others by
 PROBES = 32  # prompts of each length that are matched, if there is room for so many
 MATCHES = 2000  # at least, of each length
 CHANGES = 256  # prompts whose events are timed
+MESSAGE = 64  # events
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ def _fill(believer: Believer, conversations: list[Conversation]) -> None:
     for each in conversations:
         for instance, count in each.holders:
             change = believer.store(instance, each.number, each.raw[: count * STEP], SYSTEM if each.number else 0)
-            assert change() is not False, f"conversation {each.number} was refused"
+            assert believer.take(instance, (change,)), f"conversation {each.number} was refused"
 
 
 def _matches(believers: dict[str, Believer], prompts: list[bytes], repeats: int) -> Row:
@@ -172,28 +174,31 @@ def _changes(tree: Tree, blocks: int, instances: int, repeats: int) -> list[Row]
 def _steps(believer: Believer, news: list[bytes], instances: int, first: int) -> Iterator[tuple[str, float, int]]:
     """The life of some prompts: computed, decoded a block at a time in turns, evicted half in parts and half whole."""
     half, whole = SYSTEM + CONVERSATION // 2, SYSTEM + CONVERSATION
-    places = [(number % instances, first + number, raw) for number, raw in enumerate(news)]
+    places = [(number * instances // len(news), first + number, raw) for number, raw in enumerate(news)]
 
-    def timed(changes: Iterator[Callable[[], object]]) -> float:
+    def timed(changes: Iterable[tuple[int, Any]]) -> float:
+        """What one instance has to say in a row is one message, up to a size."""
         spent = 0.0
-        for change in changes:
-            start = perf_counter()
-            taken = change()
-            spent += perf_counter() - start
-            assert taken is not False, "an event was refused"
+        for instance, some in itertools.groupby(changes, lambda change: change[0]):
+            for message in itertools.batched((change for _, change in some), MESSAGE):
+                start = perf_counter()
+                taken = believer.take(instance, message)
+                spent += perf_counter() - start
+                assert taken, "an event was refused"
         return spent
 
     count = len(news) * (half - SYSTEM)
-    yield "prompts", timed(believer.store(i, n, raw[: half * STEP], SYSTEM) for i, n, raw in places), count
-    one_by_one = (believer.store(i, n, raw[: (at + 1) * STEP], at) for at in range(half, whole) for i, n, raw in places)
-    yield "decode", timed(one_by_one), count
-    one_by_one = (
-        believer.remove(i, n, raw[: (at + 1) * STEP], at)
-        for at in range(whole - 1, half - 1, -1)
-        for i, n, raw in places
+    computed = ((i, believer.store(i, n, raw[: half * STEP], SYSTEM)) for i, n, raw in places)
+    yield "prompts", timed(computed), count
+    decoded = (
+        (i, believer.store(i, n, raw[: at * STEP + STEP], at)) for at in range(half, whole) for i, n, raw in places
     )
-    yield "eviction", timed(one_by_one), count
-    yield "eviction of runs", timed(believer.remove(i, n, raw[: half * STEP], SYSTEM) for i, n, raw in places), count
+    yield "decode", timed(decoded), count
+    backwards = range(whole - 1, half - 1, -1)
+    evicted = ((i, believer.remove(i, n, raw[: at * STEP + STEP], at)) for at in backwards for i, n, raw in places)
+    yield "eviction", timed(evicted), count
+    evicted = ((i, believer.remove(i, n, raw[: half * STEP], SYSTEM)) for i, n, raw in places)
+    yield "eviction of runs", timed(evicted), count
 
 
 def _memory(blocks: int, instances: int) -> Row:

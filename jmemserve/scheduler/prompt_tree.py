@@ -179,6 +179,15 @@ class PromptTree:
         """
         bit, step, end = slot.bit, self.step, len(raw)
         hbm, dram = (bit, 0) if medium is HBM else (0, bit)
+        if depth == after.stop and not after.children and after.hbm == hbm and after.dram == dram and now is None:
+            more = end // step
+            stop = depth + more
+            if stop - after.start <= self.run_limit and self.num_blocks + more <= self.max_blocks and not after.times:
+                after.run += raw  # decoding does nothing else
+                after.stop = stop
+                self.num_blocks += more
+                slot.copies += more
+                return after, more
         times = None if now is None else {slot: now}
         path: list[tuple[Node, int, int]] = []
         reached, at = depth, 0
@@ -272,7 +281,7 @@ class PromptTree:
                 node = self._isolate(node, bottom, high, touched)
                 node.hbm, node.dram = hbm, dram
                 if node.times is not None and not (hbm | dram) & slot.bit:
-                    del node.times[slot]
+                    node.times.pop(slot, None)
                     node.times = node.times or None
                 self._merge(touched)
             else:

@@ -32,6 +32,7 @@ class Stretches:
     def __init__(self) -> None:
         self._pages: dict[int, _Page] = {}
         self.num_ids = 0
+        self.highest = 0  # id that was ever known
 
     def __len__(self) -> int:
         return sum(len(page.firsts) for page in self._pages.values())
@@ -45,14 +46,33 @@ class Stretches:
         if at < 0 or one >= page.stops[at]:
             return None
         place = page.depths[at] + one - page.firsts[at]
-        node = locate(page.nodes[at], place)
-        if one == page.stops[at] - 1:
-            page.nodes[at] = node  # the way is short the next time
+        node = page.nodes[at]
+        if node.into is not None or node.start > place:
+            node = locate(node, place)
+            if one == page.stops[at] - 1:
+                page.nodes[at] = node  # the way is short the next time
         return node, place
+
+    def append(self, first: int, stop: int, depth: int, node: Node) -> None:
+        """As ``put``, of ids above all that were ever known."""
+        page = self._pages.get(first // PAGE_IDS)
+        if page is None or stop > (first // PAGE_IDS + 1) * PAGE_IDS:
+            self.put(first, stop, depth, node)
+            return
+        self.num_ids += stop - first
+        self.highest = stop - 1
+        if page.stops[-1] == first and self._continues(page, -1, depth, node):
+            page.stops[-1], page.nodes[-1] = stop, node
+        else:
+            page.firsts.append(first)
+            page.stops.append(stop)
+            page.depths.append(depth)
+            page.nodes.append(node)
 
     def put(self, first: int, stop: int, depth: int, node: Node) -> None:
         """Ids ``first`` to ``stop``, all new, are the blocks from ``depth`` on, the last in ``node`` or above."""
         self.num_ids += stop - first
+        self.highest = max(self.highest, stop - 1)
         while first < stop:
             number = first // PAGE_IDS
             end = min(stop, (number + 1) * PAGE_IDS)
@@ -102,7 +122,7 @@ class Stretches:
     def drop(self, first: int, stop: int) -> None:
         """Forget these ids; all of them are known."""
         self.num_ids -= stop - first
-        while first < stop:
+        while first < stop:  # once, mostly
             number = first // PAGE_IDS
             page = self._pages[number]
             at = bisect_right(page.firsts, first) - 1
@@ -138,4 +158,4 @@ class Stretches:
 
     def clear(self) -> None:
         self._pages.clear()
-        self.num_ids = 0
+        self.num_ids = self.highest = 0

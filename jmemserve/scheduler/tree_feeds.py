@@ -16,6 +16,8 @@ from jmemserve.scheduler.stretches import MAX_ID, Stretches
 from jmemserve.scheduler.tree_nodes import Node, locate
 from jmemserve.scheduler.waiting import Waiting
 
+MEDIA = (HBM, DRAM)
+
 
 class EventFeed:
     """Follows the events of one pool. What an event says wrongly is refused and never raises."""
@@ -79,24 +81,30 @@ class EventFeed:
     # -- events -------------------------------------------------------------------------------------------------------
 
     def _store(self, event: Stored) -> bool:
+        if not self._waiting:
+            return self._place(event)
         todo = [event]
         while todo:
             event = todo.pop()
             if not self._place(event):
                 return False
-            if self._waiting:
-                for one in event.ids:
-                    if self._known.find(one) is not None:
-                        todo += self._waiting.take(one)
+            for one in event.ids:
+                if self._known.find(one) is not None:
+                    todo += self._waiting.take(one)
         return True
 
     def _place(self, event: Stored) -> bool:
         """Credit the blocks of one record, if its parent is known."""
-        ids, step = event.ids, self.tree.step
-        if not ids or len(event.tokens) != len(ids) * step or event.medium not in (HBM, DRAM):
+        ids, count = event.ids, len(event.ids)
+        if not ids or len(event.tokens) != count * self.tree.step or event.medium not in MEDIA:
             return False
-        runs = _consecutive(ids)
-        if runs is None or runs[0][0] <= START or runs[-1][1] > MAX_ID:
+        first, runs = ids[0], None
+        fresh = first > self._known.highest and (count == 1 or ids == tuple(range(first, first + count)))
+        if not fresh:
+            runs = _consecutive(ids)
+            if runs is None or first <= START:
+                return False
+        if ids[-1] >= MAX_ID:
             return False
         if event.parent == START:
             node: Node = self.tree.root(event.space.partition(b"\0")[2])
@@ -111,19 +119,25 @@ class EventFeed:
                 return self._wait(event)
             if not node.start < depth <= node.stop:
                 return False
-        last, count = self.tree.hold(self._slot, event.medium, node, depth, event.tokens)
-        if count < len(ids):
+        last, held = self.tree.hold(self._slot, event.medium, node, depth, event.tokens)
+        if held < count:
             self.partial = True
-        stop = depth + count
+        if runs is None:
+            if held:
+                self._known.append(first, first + held, depth, last)
+            return True
+        return self._name(runs, depth, depth + held, last)
+
+    def _name(self, runs: Sequence[tuple[int, int]], depth: int, stop: int, last: Node) -> bool:
+        """Ids, some of which may be known, are the blocks from ``depth`` to ``stop``. False if one is another block."""
         for first, end in runs:
             end = min(end, first + stop - depth)
             if first >= end:
                 break
-            known = self._known.pieces(first, end)
             upto = end
-            for low, high, place, where in known:
+            for low, high, place, where in self._known.pieces(first, end):
                 if place - low != depth - first or locate(where, place) is not locate(last, place):
-                    return False  # the same id at two places
+                    return False
                 if high < upto:
                     self._known.put(high, upto, depth + high - first, last)
                 upto = low
@@ -144,21 +158,26 @@ class EventFeed:
         return True
 
     def _remove(self, event: Removed) -> bool:
-        if not event.ids or event.medium not in (HBM, DRAM):
+        if not event.ids or event.medium not in MEDIA:
             return False
+        if len(event.ids) == 1 and (place := self._known.find(event.ids[0])) is not None:
+            found = self.tree.release(self._slot, event.medium, place[0], place[1], place[1] + 1)
+            if found:
+                self._known.drop(event.ids[0], event.ids[0] + 1)
+            return found is not None
         runs = _consecutive(event.ids) or _consecutive(tuple(sorted(event.ids)))
         if runs is None:
             return False
         for first, stop in reversed(runs):
-            known, found = self._known.pieces(first, stop), 0
+            known, count = self._known.pieces(first, stop), 0
             for low, high, depth, node in known:
-                found += high - low
+                count += high - low
                 gone = self.tree.release(self._slot, event.medium, node, depth, depth + high - low)
                 if gone is None:
                     return False
                 for start, end in gone:
                     self._known.drop(low + start - depth, low + end - depth)
-            if found < stop - first and not self._missing(first, stop, known, event):
+            if count < stop - first and not self._missing(first, stop, known, event):
                 return False
         return True
 

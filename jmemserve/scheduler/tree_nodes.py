@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from jmemserve.kvpool.runs import TOKEN_BYTES
 
-RUN_BYTES = 1 << 16  # of one node, about: to grow, shorten or split it copies so much at most
+RUN_BYTES = 1 << 15  # of one node, about: to grow, shorten or split it copies so much at most
 
 
 class Slot:

@@ -404,6 +404,20 @@ def test_it_agrees_with_a_list_of_what_was_taught(data):
     assert tree.num_blocks == 0
 
 
+def test_both_kinds_of_feeds_may_share_a_tree():
+    tree, tokens = PromptTree(C), list(range(6 * C))
+    for name in "ab":
+        tree.join(name)
+    events, lessons = EventFeed(tree, "a"), TtlFeed(tree, "b", 10.0, 100)
+    lessons.learn(pack(tokens, len(tokens)), "", 0.0)
+    assert events.apply([stored(1, START, range(1, 7), tokens), Removed(2, HBM, (6, 5, 4)), Removed(3, HBM, (1,))])
+    tree.check()
+    assert match(tree, [*tokens, 0]) == {"b": Holding(6, 0)}
+    lessons.expire(10.0)
+    tree.check()
+    assert events.apply([stored(4, START, [1], tokens[:C])]) and match(tree, tokens) == {"a": Holding(3, 0)}
+
+
 def test_lessons_of_one_prompt_do_not_pile_up():
     tree = PromptTree(C)
     tree.join("a")
