@@ -128,7 +128,20 @@ def _control(client: Client, arguments: argparse.Namespace) -> int:
 
 def cluster_table(report: ClusterReport) -> str:
     """The cluster as a table, one line per instance, those that are gone first."""
-    head = ("instance", "role", "state", "for", "heard", "running", "waiting", "blocks", "hits", "place", "peers")
+    head = (
+        "instance",
+        "role",
+        "state",
+        "for",
+        "heard",
+        "running",
+        "waiting",
+        "blocks",
+        "hits",
+        "error",
+        "place",
+        "peers",
+    )
     rows = [head, *(_member_row(member) for member in report.members)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -148,11 +161,12 @@ def cluster_table(report: ClusterReport) -> str:
 
 def _member_row(member: MemberReport) -> tuple[str, ...]:
     load = member.load
-    numbers = ("", "", "", "")
+    numbers = ("", "", "", "", "")
     if load is not None and member.state not in ("dead", "left"):
         used = load.total_blocks - load.free_blocks
         hits = f"{100 * load.prefix_hits / load.prefix_queries:.0f}%" if load.prefix_queries else "-"
-        numbers = str(load.running), str(load.waiting), f"{used}/{load.total_blocks}", hits
+        error = f"{100 * load.cost_error:.1f}%" if load.cost_error else "-"  # of the predicted time of steps
+        numbers = str(load.running), str(load.waiting), f"{used}/{load.total_blocks}", hits, error
     peers = ", ".join(f"{name} by {way}" for name, way in member.peers)
     ages = f"{member.since_s:.0f} s", f"{member.heard_s:.1f} s"
     return member.name, member.role, member.state, *ages, *numbers, member.place, peers

@@ -47,6 +47,8 @@ class Profile:
             raise ConfigError(f"tile of a profile must be 1 or more, not {self.tile!r}")
         if not isinstance(self.about, str):
             raise ConfigError(f"about of a profile must be a text, not {self.about!r}")
+        if not any(tokens > seqs for tokens, seqs, _ in self.steps):
+            raise ConfigError(_UNPACKED)
         if len({step[:2] for step in self.steps}) < len(self.steps):
             raise ConfigError("a profile has a step of the same shape twice")
 
@@ -66,6 +68,7 @@ class Profile:
             raise ConfigError(f"not a profile of an instance: {error!r}") from None
 
 
+_UNPACKED = "a profile needs a step of more tokens than sequences: prompts are computed in these"
 _SECONDS = ("pair_s", "context_s", "transfer_call_s", "transfer_block_s", "swap_call_s", "swap_block_s")
 
 
@@ -77,7 +80,7 @@ class CostModel:
         self._packed = sorted({tokens: s for tokens, seqs, s in profile.steps if tokens > seqs}.items())
         self._ones = sorted({tokens: s for tokens, seqs, s in profile.steps if tokens == seqs}.items())
         if not self._packed:
-            raise ConfigError("a profile needs a step of more tokens than sequences: prompts are computed in these")
+            raise ConfigError(_UNPACKED)
         self._sizes = [tokens for tokens, _ in self._packed]
         self._shapes = {StepShape(tokens, seqs): s for tokens, seqs, s in profile.steps}
         self._rows = [tokens for tokens, _ in self._ones]

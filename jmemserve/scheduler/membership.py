@@ -146,6 +146,8 @@ class Membership:
         """The instance is loaded: it is introduced to all others. Raises Unavailable if it does not fit to them."""
         record = self.records[name]
         self._compare(name, dict(message.facts))
+        if message.profile is not None:
+            message.profile.check()
         record.facts |= dict(message.facts)
         record.address, record.max_model_len = message.address, message.max_model_len
         record.profile = message.profile

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import enum
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -193,11 +193,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[ServeConfig, bool]:
     parser = _Parser("python -m jmemserve.serve", description="Serve a model over gRPC.", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same settings; flags win over it")
     parser.add_argument("--print-config", action="store_true", help="print every setting as YAML, and end")
-    for flag in _FLAGS.values():
-        default = "" if flag.default is None else f" (default: {_plain(flag.default)})"
-        choices = f" {{{','.join(str(m.value) for m in flag.kind)}}}" if issubclass(flag.kind, enum.Enum) else ""
-        text = (flag.help + choices + default).replace("%", "%%")
-        parser.add_argument(flag.option, dest=flag.name, default=argparse.SUPPRESS, metavar=_metavar(flag), help=text)
+    _add_flags(parser, _FLAGS.values())
     known, unknown = parser.parse_known_args(list(argv))
     if unknown:
         options = [flag.option for flag in _FLAGS.values()] + ["--config", "--print-config", "--help"]
@@ -205,6 +201,19 @@ def parse_flags(argv: Sequence[str]) -> tuple[ServeConfig, bool]:
     given = vars(known)
     path, only_print = given.pop("config"), given.pop("print_config")
     return _make_config({**(read_config_file(Path(path)) if path else {}), **given}), only_print
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Offer the engine's settings on the command line of a tool: what is given goes to ``make_engine_config``."""
+    _add_flags(parser, [flag for flag in _ENGINE if flag.name not in without])
+
+
+def _add_flags(parser: argparse.ArgumentParser, flags: Iterable[_Flag]) -> None:
+    for flag in flags:
+        default = "" if flag.default is None else f" (default: {_plain(flag.default)})"
+        choices = f" {{{','.join(str(m.value) for m in flag.kind)}}}" if issubclass(flag.kind, enum.Enum) else ""
+        text = (flag.help + choices + default).replace("%", "%%")
+        parser.add_argument(flag.option, dest=flag.name, default=argparse.SUPPRESS, metavar=_metavar(flag), help=text)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -568,7 +568,7 @@ class GetLoadResponse(_message.Message):
     def __init__(self, instances: _Optional[_Iterable[_Union[InstanceLoad, _Mapping]]] = ..., calls: _Optional[int] = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
-    __slots__ = ("instance", "role", "running", "waiting", "leaving", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "prefix_hits", "prefix_queries", "steps", "preemptions", "compiles_after_warmup")
+    __slots__ = ("instance", "role", "running", "waiting", "leaving", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "prefix_hits", "prefix_queries", "steps", "preemptions", "compiles_after_warmup", "cost_error")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -583,6 +583,7 @@ class InstanceLoad(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_AFTER_WARMUP_FIELD_NUMBER: _ClassVar[int]
+    COST_ERROR_FIELD_NUMBER: _ClassVar[int]
     instance: str
     role: InstanceRole
     running: int
@@ -597,7 +598,8 @@ class InstanceLoad(_message.Message):
     steps: int
     preemptions: int
     compiles_after_warmup: int
-    def __init__(self, instance: _Optional[str] = ..., role: _Optional[_Union[InstanceRole, str]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., leaving: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ...) -> None: ...
+    cost_error: float
+    def __init__(self, instance: _Optional[str] = ..., role: _Optional[_Union[InstanceRole, str]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., leaving: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., cost_error: _Optional[float] = ...) -> None: ...
 
 class ResetPrefixCacheRequest(_message.Message):
     __slots__ = ()

@@ -47,7 +47,7 @@ _TIMINGS = ("queue_s", "prefill_s", "transfer_s", "first_token_s", "decode_s")
 _USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")
 _LOAD_NUMBERS = (
     *("running", "waiting", "leaving", "free_blocks", "cached_blocks", "held_blocks", "total_blocks"),
-    *("prefix_hits", "prefix_queries", "steps", "preemptions", "compiles_after_warmup"),
+    *("prefix_hits", "prefix_queries", "steps", "preemptions", "compiles_after_warmup", "cost_error"),
 )
 
 _MEMBER_FIELDS = ("name", "epoch", "place", "address", "since_s", "heard_s", "reason")
