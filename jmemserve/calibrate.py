@@ -139,6 +139,11 @@ def show(profile: Profile, rows: Sequence[Row]) -> None:
     print(f", architecture level {mean_error(both):.1%}" if both else "; too few for the architecture level")
 
 
+def _nearest(share: float) -> float:
+    """The one of SHARES that is meant."""
+    return min(SHARES, key=lambda other: abs(other - share))
+
+
 def draw(profile: Profile, rows: Sequence[Row], path: Path) -> None:
     """Measured points and predicted lines by cached share. Raises ConfigError without matplotlib."""
     try:
@@ -151,7 +156,7 @@ def draw(profile: Profile, rows: Sequence[Row], path: Path) -> None:
     model = CostModel(profile)
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
     for number, share in enumerate(SHARES):
-        mine = [row for row in rows if min(SHARES, key=lambda s, row=row: abs(s - row[1] / row[0])) == share]
+        mine = [row for row in rows if _nearest(row[1] / row[0]) == share]
         axis.plot([row[0] for row in mine], [1e3 * row[2] for row in mine], "o", color=f"C{number}", markersize=4)
         most = max(row[0] for row in rows)
         line: list[Any] = list(range(1, most + 1, max(1, most // 400)))
