@@ -181,10 +181,10 @@ class BlockPool:
     ) -> list[BlockAddress]:
         """Make ``stop`` whole blocks of ``tokens`` findable (-1: all): the caller holds them, their bytes are there.
 
-        Addresses beyond them are ignored. Returns the duplicates, addresses whose place has another block of the same
-        medium already; like all others they stay the caller's. The caller's references are not touched, and inserting
-        the same again changes nothing. The first ``start`` blocks are known to be in the index: saves a look at them.
-        A tenant's quota may cut the end off. Raises StaleAddress, ForeignAddress or InvalidAddresses, changing nothing.
+        Further addresses are ignored. Returns the duplicates, whose place has another block of the same medium already;
+        the caller's references stay, and inserting again changes nothing. The first ``start`` blocks are known to be in
+        the index: that saves a look at them. A tenant's quota may cut the end off. Raises StaleAddress, ForeignAddress
+        or InvalidAddresses (too few, or under other tokens already), changing nothing.
         """
         size = self.block_size
         count = len(tokens) // size if stop < 0 else stop
@@ -197,8 +197,7 @@ class BlockPool:
             index.clock += 1
             if index.insert_after(last, tail, space, fresh):
                 return []
-        locations = self._refs.live(addresses[:count])
-        if not self.caching:
+        if not (locations := self._refs.live(addresses[:count])) or not self.caching:
             return []
         index.clock += 1
         raw = pack(tokens, count * size)
