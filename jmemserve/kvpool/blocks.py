@@ -26,6 +26,7 @@ from jmemserve.kvpool.stats import Lookups, PoolStats
 from jmemserve.kvpool.swaps import Swaps
 
 Tokens = Sequence[int] | np.ndarray
+Addresses = Sequence[BlockAddress]
 
 
 class BlockPool:
@@ -176,29 +177,29 @@ class BlockPool:
     # -- the index ---------------------------------------------------------------------------------------------------
 
     def insert(
-        self, tokens: Tokens, addresses: Sequence[BlockAddress], salt: str = "", adapter: str = "", start: int = 0
+        self, tokens: Tokens, addresses: Addresses, salt: str = "", adapter: str = "", start: int = 0, stop: int = -1
     ) -> list[BlockAddress]:
-        """Make the whole blocks of ``tokens`` findable: the caller holds the addresses and their bytes are in place.
+        """Make ``stop`` whole blocks of ``tokens`` findable (-1: all): the caller holds them, their bytes are there.
 
-        Addresses beyond the whole blocks are ignored. Returns the duplicates, addresses whose place has another block
-        of the same medium already; like all others they stay the caller's. The caller's references are not touched,
-        and inserting the same again changes nothing. The first ``start`` blocks are known to be in the index; that
-        only saves time. A tenant's quota may leave the end of the prefix out. Raises StaleAddress, ForeignAddress or
-        InvalidAddresses (too few, or under other tokens already), changing nothing.
+        Further addresses are ignored. Returns the duplicates, whose place has another block of the same medium already;
+        the caller's references stay, and inserting again changes nothing. The first ``start`` blocks are known to be in
+        the index: that saves a look at them. A tenant's quota may cut the end off. Raises StaleAddress, ForeignAddress
+        or InvalidAddresses (too few, or under other tokens already), changing nothing.
         """
         size = self.block_size
-        count = len(tokens) // size
+        count = len(tokens) // size if stop < 0 else stop
         if len(addresses) < count:
             raise InvalidAddresses(f"{len(tokens)} tokens fill {count} blocks, but only {len(addresses)} are given")
-        locations = self._refs.live(addresses[:count])
-        if not self.caching:
-            return []
         index, space = self._index, self.space(salt, adapter)
-        index.clock += 1
-        if 0 < start < count and index.quota is None:
+        if 0 < start < count and index.quota is None and self.caching:
+            last, *fresh = self._refs.live(addresses[start - 1 : count])
             tail = pack(tokens[start * size : count * size], (count - start) * size)
-            if index.insert_after(locations[start - 1], tail, space, locations[start:]):
+            index.clock += 1
+            if index.insert_after(last, tail, space, fresh):
                 return []
+        if not (locations := self._refs.live(addresses[:count])) or not self.caching:
+            return []
+        index.clock += 1
         raw = pack(tokens, count * size)
         try:
             if index.quota is not None:

@@ -15,7 +15,8 @@ Pure: no clock, no device; ``now`` is an argument.
 
 import bisect
 import dataclasses
-from collections import deque
+import itertools
+from collections import abc, deque
 from collections.abc import Callable, Iterable
 
 from jmemserve.errors import PoolFull
@@ -132,14 +133,19 @@ class LocalScheduler:
         pieces: list[Slice] = []
         budget = self.max_tokens
         preempted: set[int] = set()
-        in_order = sorted(self.running, key=lambda seq: seq.gap > 1)  # stable: in order within each kind
-        for seq in in_order:
-            if seq.state is not State.RUNNING or seq.gap == 0 or seq.full and seq.promised:
+        in_order: tuple[list[Sequence], list[Sequence]] = [], []  # in order within each kind: short gaps, long ones
+        for seq in self.running:
+            in_order[seq.gap > 1].append(seq)
+        size = self.pool.block_size
+        for seq in itertools.chain(*in_order):
+            gap = seq.gap
+            if seq.state is not State.RUNNING or gap == 0 or seq.promised and seq.full:
                 continue
             if budget == 0 or len(pieces) == self.max_seqs:
                 break
-            length = min(seq.gap, budget)
-            if not self._make_room(seq, seq.computed + length, {id(piece.sequence) for piece in pieces}, preempted):
+            length = min(gap, budget)
+            stop = seq.computed + length
+            if stop > len(seq.blocks) * size and not self._make_room(seq, stop, pieces, preempted):
                 continue
             pieces.append(_slice(seq, length))
             budget -= length
@@ -150,7 +156,7 @@ class LocalScheduler:
             if seq.state is State.LOADING:
                 continue
             length = min(seq.gap, budget)
-            if not self._make_room(seq, seq.computed + length, set(), None):
+            if not self._make_room(seq, seq.computed + length, (), None):
                 self._put_back(seq)
                 break
             pieces.append(_slice(seq, length))
@@ -207,12 +213,14 @@ class LocalScheduler:
 
     def _trim(self, pieces: list[Slice]) -> None:
         """Shorten the last long slice where that saves padding: 520 tokens cost less as 512 and 8 than as 1,024."""
+        if pieces[-1].length == 1:
+            return
         lengths = [piece.length for piece in pieces]
         shape, total = smallest(self.shapes, lengths), sum(lengths)
         packed = sorted({shape.tokens for shape in self.shapes if shape.tokens > shape.seqs})
         last = pieces[-1]
         fitting = [size for size in packed if total - last.length < size < total]
-        if shape is None or shape.tokens not in packed or last.length == 1 or not fitting:
+        if shape is None or shape.tokens not in packed or not fitting:
             return
         rest = next(size for size in packed if size >= total - fitting[-1])
         if fitting[-1] + rest < shape.tokens:
@@ -236,7 +244,7 @@ class LocalScheduler:
         size = self.pool.block_size
         full = min(seq.landed, len(seq.tokens)) // size
         if full > seq.indexed:
-            self.pool.insert(seq.tokens[: full * size], seq.blocks[:full], seq.request.salt, start=seq.indexed)
+            self.pool.insert(seq.tokens, seq.blocks, seq.request.salt, start=seq.indexed, stop=full)
             seq.indexed = full
 
     @property
@@ -293,15 +301,16 @@ class LocalScheduler:
             seq.state = State.RUNNING
             bisect.insort(self.running, seq, key=_order)
 
-    def _make_room(self, seq: Sequence, tokens: int, planned: set[int], preempted: set[int] | None) -> bool:
+    def _make_room(self, seq: Sequence, tokens: int, pieces: abc.Sequence[Slice], preempted: set[int] | None) -> bool:
         """Give ``seq`` blocks for its first ``tokens`` tokens, taking them from sequences behind it if need be.
 
-        ``planned``: sequences already in this plan, which keep theirs. False when ``seq`` itself had to give up.
+        Those of ``pieces``, already in this plan, keep theirs. False when ``seq`` itself had to give up.
         """
         lacking = -(-tokens // self.pool.block_size) - len(seq.blocks)
         if lacking <= 0:
             return True
         while preempted is not None and self.pool.room() < lacking:
+            planned = {id(piece.sequence) for piece in pieces}
             victims = [other for other in self.running if id(other) not in planned]
             victim = victims[-1]  # seq itself is among them
             preempted.add(id(victim))
