@@ -24,6 +24,6 @@ def test_quick_run_has_figures_for_every_part(tmp_path: Path) -> None:
     tables = parts["tree"]["tables"]
     assert [row["holders"] for row in tables["a match"]] == [4, 64]
     kinds = {"prompts", "decode", "eviction", "eviction of runs", "snapshot", "leaving"}
-    assert {row["events"] for row in tables["events, in blocks per second"]} == kinds
+    assert {row["events"] for row in tables["events, in blocks per second of CPU"]} == kinds
     values = [value for rows in tables.values() for row in rows for value in row.values()]
     assert all(value is None or isinstance(value, str) or value > 0 for value in values), values

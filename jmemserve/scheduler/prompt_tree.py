@@ -291,8 +291,8 @@ class PromptTree:
 
     def _shorten(self, node: Node, stop: int) -> None:
         """A leaf ends there; with nothing left of it, it goes, and what is held by nobody above it."""
-        key = node.run[: self.step]
         self.num_blocks -= node.stop - stop
+        key = node.run[: self.step] if stop == node.start else b""
         node.run, node.stop = node.run[: (stop - node.start) * self.step], stop
         while node.start == node.stop:
             above = node.parent
@@ -342,7 +342,7 @@ class PromptTree:
             above = node.parent
             if above is None or node.into is not None or not node.run:
                 continue
-            if above.run and len(above.children) == 1:
+            if len(above.children) == 1 and above.run:
                 self._try_merge(above, node)
             if len(node.children) == 1:
                 self._try_merge(node, next(iter(node.children.values())))
