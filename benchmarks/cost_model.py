@@ -111,14 +111,13 @@ def measure(args: argparse.Namespace, devices: int) -> tuple[Profile, list[Row]]
                 if cached:
                     driver.run([prefix], 1)
                 start, first, found = driver.run([(*prefix[:cached], *driver.prompt(tokens - cached))], 1)
-                if found[0] == cached:  # by chance a random token may continue what another prompt left
-                    times[tokens, share, cached].append(first[0][0] - start)
+                assert found[0] == cached, f"{found[0]} and not {cached} tokens were cached"
+                times[tokens, share, cached].append(first[0][0] - start)
                 bar.update(1)
     driver.cluster.stop()
     rows = [
         {"devices": devices, "tokens": tokens, "share": share, "cached": cached, "measured_s": typical(seconds)}
         for (tokens, share, cached), seconds in times.items()
-        if seconds
     ]
     return profile, rows
 
@@ -161,10 +160,9 @@ def show(rows: list[Row], errors: list[Row]) -> None:
     print(f"\nmean error\n{'devices':>7} {'cached':>7}", *(f"{kind:>12}" for kind in KINDS), "  paper: op, arch")
     for row in errors:
         share = "all" if row["share"] is None else f"{row['share']} %"
-        paper = [
-            f"{PAPER[kind][row['share']]} %" for kind in PAPER if row["devices"] == 2 and row["share"] in PAPER[kind]
-        ]
-        print(f"{row['devices']:7} {share:>7}", *(f"{row[kind]:12.1%}" for kind in KINDS), " ", ", ".join(paper))
+        paper = [f"{by_share[row['share']]} %" for by_share in PAPER.values() if row["share"] in by_share]
+        shown = ", ".join(paper if row["devices"] == 2 else ())
+        print(f"{row['devices']:7} {share:>7}", *(f"{row[kind]:12.1%}" for kind in KINDS), " ", shown)
     print()
 
 

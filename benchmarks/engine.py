@@ -30,11 +30,11 @@ from jmemserve.types import Event, Request, SamplingParams
 class Driver:
     """Sends requests to a cluster and notes when each token came."""
 
-    def __init__(self, engine: EngineConfig):
+    def __init__(self, engine: EngineConfig, mesh: str = "colocated"):
         self.times: dict[str, list[float]] = {}
         self.ended: dict[str, threading.Event] = {}
         self.cached: dict[str, int] = {}
-        self.cluster = Cluster(ClusterSpec(parse_mesh("colocated"), engine), ConsoleReport(), self._on_events)
+        self.cluster = Cluster(ClusterSpec(parse_mesh(mesh), engine), ConsoleReport(), self._on_events)
         self.cluster.start()
         self._rng = np.random.default_rng(0)
         self._number = 0

@@ -78,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
     parts = _build(engine, mesh)
     began = time.perf_counter()
     profile = measure(parts, FIT_SHARE * budget_s, f"{engine.model}, {mesh}")
-    rows = measure_prefills(parts, began + budget_s)
+    rows = measure_prefills(parts, CostModel(profile), began + budget_s)
     show(profile, rows)
     if output is not None:
         output.write_text(profile.to_json() + "\n")
@@ -98,7 +98,7 @@ def _build(engine: EngineConfig, mesh: str) -> Parts:
     return build(spec, engine, read_model_config(engine), spec.model_axis, 0, LocalExchange(), report)
 
 
-def measure_prefills(parts: Parts, end: float) -> list[Row]:
+def measure_prefills(parts: Parts, model: CostModel, end: float) -> list[Row]:
     """Time prefills over lengths and cached shares until ``end`` (of ``time.perf_counter``), in turns.
 
     With each comes what the architecture-level fit of the others in every second place says; None: too few.
@@ -106,12 +106,13 @@ def measure_prefills(parts: Parts, end: float) -> list[Row]:
     size = parts.pool.block_size
     longest = min(parts.max_model_len, parts.pool.free * size) - 1
     lengths = sorted({round(SHORTEST + (longest - SHORTEST) * n / (LENGTHS - 1)) for n in range(LENGTHS)})
-    todo = [(n, int(n * share) // size * size) for share in SHARES for n in lengths if 0 < n <= longest]
+    todo = [(n, int(n * share) // size * size) for n in lengths for share in SHARES if 0 < n <= longest]
     times: dict[tuple[int, int], list[float]] = {}
     for _ in range(REPEATS):
         for tokens, cached in dict.fromkeys(todo):
             before = times.get((tokens, cached))
-            if not times or time.perf_counter() + (typical(before) if before else 0.0) < end:
+            expected = typical(before) if before else model.prefill_s(tokens, cached)
+            if not times or time.perf_counter() + expected < end:
                 times.setdefault((tokens, cached), []).append(time_prefill(parts, tokens, cached))
     measured = [(*work, typical(seconds)) for work, seconds in times.items()]
     halves = measured[::2], measured[1::2]
@@ -139,9 +140,9 @@ def show(profile: Profile, rows: Sequence[Row]) -> None:
     print(f", architecture level {mean_error(both):.1%}" if both else "; too few for the architecture level")
 
 
-def _nearest(share: float) -> float:
-    """The one of SHARES that is meant."""
-    return min(SHARES, key=lambda other: abs(other - share))
+def _nearest_share(row: Row) -> float:
+    """Whole blocks are cached: a little less than was asked for."""
+    return min(SHARES, key=lambda share: abs(share - row[1] / row[0]))
 
 
 def draw(profile: Profile, rows: Sequence[Row], path: Path) -> None:
@@ -156,7 +157,7 @@ def draw(profile: Profile, rows: Sequence[Row], path: Path) -> None:
     model = CostModel(profile)
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
     for number, share in enumerate(SHARES):
-        mine = [row for row in rows if _nearest(row[1] / row[0]) == share]
+        mine = [row for row in rows if _nearest_share(row) == share]
         axis.plot([row[0] for row in mine], [1e3 * row[2] for row in mine], "o", color=f"C{number}", markersize=4)
         most = max(row[0] for row in rows)
         line: list[Any] = list(range(1, most + 1, max(1, most // 400)))

@@ -173,10 +173,14 @@ def _longest(parts: Parts) -> int:
 
 
 def _experiments(shapes: Sequence[StepShape], longest: int) -> list[tuple[StepShape, Rows]]:
-    """Steps to run, the most telling first: every shape with nothing before it, then with as much as there may be."""
+    """Steps to run, the most telling first: every shape with nothing before it, then with as much as there may be.
+
+    The first of all is the smallest that can compute a prompt: without it nothing could be predicted.
+    """
+    first = min(shape for shape in shapes if shape.tokens > shape.seqs)
     short: list[tuple[StepShape, Rows]] = []
     long: list[tuple[StepShape, Rows]] = []
-    for shape in sorted(shapes, key=lambda shape: shape.tokens):
+    for shape in sorted(shapes, key=lambda shape: (shape != first, shape.tokens)):
         if shape.tokens == shape.seqs:
             context = min(LONG // 2, longest - 1)
             short.append((shape, ((0, 1),) * shape.seqs))

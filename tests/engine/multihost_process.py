@@ -114,6 +114,7 @@ def cluster_spec(num_devices: int, layout: str = "aggregated", **engine: object)
         "swap": SwapPolicy.ALWAYS,
         "block_layout": BlockLayout(layout),
         "warmup": Warmup.FAST,
+        "calibrate_s": 0.0,
         **engine,
     }
     return ClusterSpec(parse_mesh(f"colocated:model={num_devices}"), EngineConfig(**settings))  # type: ignore[arg-type]
