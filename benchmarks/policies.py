@@ -1,6 +1,6 @@
 """Routing policies on questions about documents, as the paper's figure 15 compares them.
 
-    python benchmarks/policies.py                                     3 prefill and 1 decode instance of this machine, and simulated
+    python benchmarks/policies.py                                     3 prefill and 1 decode instance here, and simulated
     python benchmarks/policies.py --part simulated --sessions 80 --cluster 24xprefill+8xdecode
     python benchmarks/policies.py --data FILE                         lengths of recorded documents and questions
     python benchmarks/policies.py --quick                             small sizes: shows that it works, measures nothing

@@ -1,6 +1,6 @@
 """Questions about documents, as in LooGLE: every prompt of a session is its document and one question (paper 7.5.7).
 
-With share ratio r every session comes r times: other sessions ask the same questions about the same document. So a policy
+With share ratio r every session comes r times: others ask the same questions about the same document. So a policy
 that knows sessions finds a document again within one, and one that knows prompts finds it in the others too.
 """
 
