@@ -1,6 +1,6 @@
 """Routing policies on questions about documents, as the paper's figure 15 compares them.
 
-    python benchmarks/policies.py                                     3 prefill and 1 decode instance here, and simulated
+    python benchmarks/policies.py                                    3 prefill and 1 decode instance here, and simulated
     python benchmarks/policies.py --part simulated --sessions 80 --cluster 24xprefill+8xdecode
     python benchmarks/policies.py --data FILE                         lengths of recorded documents and questions
     python benchmarks/policies.py --quick                             small sizes: shows that it works, measures nothing
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--quick", action=_Quick, nargs=0)
+    parser.add_argument("--quick", action=_Quick, nargs=0, default=False)
     real = parser.add_argument_group("real instances")
     real.add_argument("--mesh", default="3xprefill+decode")
     real.add_argument("--config", type=Path, default=HERE / "configs" / "llama-28m")

@@ -18,7 +18,6 @@ from jmemserve.server.messages import Delta
 from jmemserve.types import FinishReason, SamplingParams
 
 ANSWER_S = 300.0
-LATEST_S = 120.0  # for a session to begin; the clients' threads are all there before
 
 
 class Server:
@@ -70,7 +69,7 @@ class Server:
                 raise SystemExit(f"an answer ended early, {message.finish.value}: {message.error}")
             else:
                 cached = message.usage.cached_tokens
-        return Asked(len(prompt), cached, first, time.perf_counter() - sent)
+        return Asked(len(prompt), cached, first, time.perf_counter() - sent, answer)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ class Asked:
     cached: int
     first_s: float
     last_s: float
+    tokens: int = 0  # of the answer
 
 
 def row(where: str, policy: str, ratio: int, asked: Sequence[Asked], computed: Mapping[str, int]) -> Row:

@@ -1,0 +1,197 @@
+"""The simulator beside the real system: the same requests at the same times, on instances of this machine.
+
+    python benchmarks/simulate.py --output results/simulate-cpu.json --plot results/simulate-cpu.png
+    python benchmarks/simulate.py --mesh prefill+decode --requests 20 --rate 0.5
+    python benchmarks/simulate.py --quick                  small sizes: shows that it works, measures nothing
+
+First ``python -m jmemserve.calibrate`` measures what a step costs an instance that has the machine to itself, and then
+several at once: instances of one machine share its cores, and the simulator is told how many of them can work at full
+speed. Then each arrangement serves Poisson arrivals, really (a server process, asked over gRPC) and on virtual time.
+The aim is that the medians of TTFT and JCT agree within 15 %.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import machine
+import numpy as np
+from policies_parts import real
+from policies_parts.documents import Session
+from policies_parts.rows import Asked
+from pool_parts.rows import Aim, Row, print_rows
+from tqdm import tqdm
+
+from jmemserve.config import EngineConfig, parse_mesh
+from jmemserve.scheduler.cost_model import Profile
+from jmemserve.server.flags import default_cache_dir
+from jmemserve.simulator.cluster import Setting, SimCluster
+from jmemserve.simulator.load import Load, poisson
+
+HERE = Path(__file__).parent
+AIM = 15.0  # percent
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    about = machine.about()
+    print(json.dumps(about, indent=2))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        profile, cores = calibrate(args, folder)
+        print(f"{profile.about}: {cores:.2f} instances of this machine can work at full speed")
+        rows: list[Row] = []
+        curves: dict[str, dict[str, list[float]]] = {}
+        for mesh in tqdm(args.mesh, unit="arrangement"):
+            measured = serve(args, mesh, folder)
+            simulated = simulate(args, mesh, profile, cores)
+            rows += [compare(mesh, figure, measured, simulated) for figure in ("ttft_ms", "tpot_ms", "jct_ms")]
+            curves[mesh] = {
+                "measured TTFT": sorted(figures(measured)["ttft_ms"]),
+                "simulated TTFT": sorted(figures(simulated)["ttft_ms"]),
+                "measured JCT": sorted(figures(measured)["jct_ms"]),
+                "simulated JCT": sorted(figures(simulated)["jct_ms"]),
+            }
+    print_rows(rows)
+    aims = [
+        Aim(f"{row['mesh']}: medians of {row['figure']} differ by", abs(float(row["error_percent"])), AIM, "%")
+        for row in rows
+        if row["figure"] != "tpot_ms"
+    ]
+    for aim in aims:
+        print(aim)
+    if args.output:
+        plain = about | {"cores": cores, "profile": json.loads(profile.to_json()), "rows": rows}
+        args.output.write_text(json.dumps(plain, indent=1) + "\n")
+    if args.plot:
+        from simulate_parts import plots
+
+        plots.draw(curves, args.plot, f"{about['cpu']}, {about['cores']} cores, {about['jmemserve']}")
+    if not args.quick and not all(aim.met for aim in aims):
+        raise SystemExit("an aim was missed")
+
+
+def calibrate(args: argparse.Namespace, folder: Path) -> tuple[Profile, float]:
+    """The profile of an instance alone, and how many work at full speed when several do."""
+    alone = _calibrate(args, folder, 1)[0]
+    together = _calibrate(args, folder, 2)
+    slower = [
+        other / one for profile in together for (*_, one), (*_, other) in zip(alone.steps, profile.steps, strict=True)
+    ]
+    return alone, len(together) / max(1.0, median(slower))
+
+
+def _calibrate(args: argparse.Namespace, folder: Path, count: int) -> list[Profile]:
+    """So many processes measure at the same time."""
+    paths = [folder / f"profile{count}.{number}.json" for number in range(count)]
+    command = [sys.executable, "-m", "jmemserve.calibrate", "--budget-s", str(args.budget_s)]
+    flags = [text for name, value in _flags(args).items() for text in (f"--{name}", value)]
+    running = [
+        subprocess.Popen([*command, *flags, "--output", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for path in paths
+    ]
+    for process in running:
+        out, _ = process.communicate(timeout=600)
+        if process.returncode:
+            raise SystemExit(out.decode()[-2000:])
+    return [Profile.from_json(path.read_text()) for path in paths]
+
+
+def serve(args: argparse.Namespace, mesh: str, folder: Path) -> list[Asked]:
+    """What the clients of a real server see."""
+    with real.serve("cost", mesh, _flags(args), folder / "server.log") as server:
+        warm = _sessions(_load(args, 9), server.vocab_size)
+        server.play([Session(f"warm{n}", 0.3 * n, one.turns) for n, one in enumerate(warm[:4])])
+        return server.play(_sessions(_load(args), server.vocab_size))
+
+
+def simulate(args: argparse.Namespace, mesh: str, profile: Profile, cores: float) -> list[Asked]:
+    """The same on virtual time."""
+    specs = parse_mesh(mesh)
+    engine = EngineConfig(kv_cache_tokens=args.kv_tokens)
+    cluster = SimCluster(Setting(specs, {spec.name: profile for spec in specs}, engine, cores=cores))
+    cluster.run(_load(args))
+    cluster.check()
+    return [Asked(o.prompt, o.cached, o.ttft, o.jct, o.tokens) for o in cluster.outcomes]
+
+
+def compare(mesh: str, figure: str, measured: list[Asked], simulated: list[Asked]) -> Row:
+    """Medians of one figure, and P90 beside them."""
+    real_, virtual = (np.percentile(figures(asked)[figure], (50, 90)) for asked in (measured, simulated))
+    return {
+        "mesh": mesh,
+        "figure": figure,
+        "requests": len(measured),
+        "measured_p50": float(real_[0]),
+        "simulated_p50": float(virtual[0]),
+        "error_percent": 100 * float(virtual[0] / real_[0] - 1),
+        "measured_p90": float(real_[1]),
+        "simulated_p90": float(virtual[1]),
+    }
+
+
+def figures(asked: list[Asked]) -> dict[str, list[float]]:
+    """Of every request, in milliseconds."""
+    return {
+        "ttft_ms": [1e3 * one.first_s for one in asked],
+        "tpot_ms": [1e3 * (one.last_s - one.first_s) / max(1, one.tokens - 1) for one in asked],
+        "jct_ms": [1e3 * one.last_s for one in asked],
+    }
+
+
+def _load(args: argparse.Namespace, seed: int | None = None) -> Load:
+    how = args.requests, args.rate, args.prompt, args.output_tokens, args.shared
+    return poisson(*how, args.seed if seed is None else seed)
+
+
+def _sessions(load: Load, vocabulary: int) -> list[Session]:
+    """The same prompts in the words of the model."""
+    low = 3
+    return [
+        Session(job.session, at, ((tuple(low + word % (vocabulary - low) for word in job.prompt()), job.output),))
+        for at, job in load
+    ]
+
+
+def _flags(args: argparse.Namespace) -> dict[str, str]:
+    return {
+        "model": str(args.config),
+        "load-format": "dummy",
+        "dtype": "float32",
+        "max-model-len": "1024",
+        "kv-cache-tokens": str(args.kv_tokens),
+        "compilation-cache-dir": args.compilation_cache_dir,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mesh", nargs="*", default=("prefill+decode", "2xcolocated", "2xprefill+decode"))
+    parser.add_argument("--config", type=Path, default=HERE / "configs" / "llama-28m")
+    parser.add_argument("--kv-tokens", type=int, default=16_384, help="of each instance")
+    parser.add_argument("--requests", type=int, default=80)
+    parser.add_argument("--rate", type=float, default=1.2, help="requests per second")
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--shared", type=int, default=64, help="tokens that all prompts begin with")
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--budget-s", type=float, default=20.0, help="for calibrating")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compilation-cache-dir", default=default_cache_dir())
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--quick", action=_Quick, nargs=0, default=False)
+    return parser
+
+
+class _Quick(argparse.Action):
+    def __call__(self, parser: object, namespace: argparse.Namespace, *rest: object) -> None:
+        namespace.quick, namespace.requests, namespace.rate, namespace.budget_s = True, 4, 4.0, 3.0
+        namespace.prompt, namespace.shared, namespace.output_tokens = 40, 16, 4
+
+
+if __name__ == "__main__":
+    main()
