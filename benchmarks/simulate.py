@@ -5,8 +5,8 @@
     python benchmarks/simulate.py --quick                  small sizes: shows that it works, measures nothing
 
 First ``python -m jmemserve.calibrate`` measures what a step costs an instance that has the machine to itself, and then
-several at once: instances of one machine share its cores, and the simulator is told how many of them can work at full
-speed. Then each arrangement serves Poisson arrivals, really (a server process, asked over gRPC) and on virtual time.
+two at once: instances of one machine share its cores, and the simulator is told how many of them can work at full
+speed. A few requests, one after the other, show what the front-end and gRPC add to the first token. Then each arrangement serves Poisson arrivals, really (a server process, asked over gRPC) and on virtual time.
 The aim is that the medians of TTFT and JCT agree within 15 %.
 """
 
@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
@@ -29,8 +30,10 @@ from tqdm import tqdm
 from jmemserve.config import EngineConfig, parse_mesh
 from jmemserve.scheduler.cost_model import Profile
 from jmemserve.server.flags import default_cache_dir
+from jmemserve.server.messages import Finished
 from jmemserve.simulator.cluster import Setting, SimCluster
 from jmemserve.simulator.load import Load, poisson
+from jmemserve.types import SamplingParams
 
 HERE = Path(__file__).parent
 AIM = 15.0  # percent
@@ -44,11 +47,13 @@ def main() -> None:
         folder = Path(name)
         profile, cores = calibrate(args, folder)
         print(f"{profile.about}: {cores:.2f} instances of this machine can work at full speed")
+        front_end_s = overhead(args, folder)
+        print(f"the front-end and gRPC add {1e3 * front_end_s:.1f} ms to a first token")
         rows: list[Row] = []
         curves: dict[str, dict[str, list[float]]] = {}
         for mesh in tqdm(args.mesh, unit="arrangement"):
             measured = serve(args, mesh, folder)
-            simulated = simulate(args, mesh, profile, cores)
+            simulated = simulate(args, mesh, profile, cores, front_end_s)
             rows += [compare(mesh, figure, measured, simulated) for figure in ("ttft_ms", "tpot_ms", "jct_ms")]
             curves[mesh] = {
                 "measured TTFT": sorted(figures(measured)["ttft_ms"]),
@@ -65,7 +70,12 @@ def main() -> None:
     for aim in aims:
         print(aim)
     if args.output:
-        plain = about | {"cores": cores, "profile": json.loads(profile.to_json()), "rows": rows}
+        plain = about | {
+            "full_speed": cores,
+            "front_end_s": front_end_s,
+            "profile": json.loads(profile.to_json()),
+            "rows": rows,
+        }
         args.output.write_text(json.dumps(plain, indent=1) + "\n")
     if args.plot:
         from simulate_parts import plots
@@ -109,11 +119,27 @@ def serve(args: argparse.Namespace, mesh: str, folder: Path) -> list[Asked]:
         return server.play(_sessions(_load(args), server.vocab_size))
 
 
-def simulate(args: argparse.Namespace, mesh: str, profile: Profile, cores: float) -> list[Asked]:
+def overhead(args: argparse.Namespace, folder: Path) -> float:
+    """Seconds of a first token that are not the instance's."""
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    found: list[float] = []
+    with real.serve("cost", "colocated", _flags(args), folder / "overhead.log") as server:
+        for prompt in ([10 + number] * 32 for number in range(20)):
+            sent, first = time.perf_counter(), 0.0
+            for message in server.client.stream(prompt, params, timeout_s=60):
+                if isinstance(message, Finished):
+                    found.append(first - message.timings.first_token_s)
+                else:
+                    first = first or time.perf_counter() - sent
+    return median(found)
+
+
+def simulate(args: argparse.Namespace, mesh: str, profile: Profile, cores: float, front_end_s: float) -> list[Asked]:
     """The same on virtual time."""
     specs = parse_mesh(mesh)
     engine = EngineConfig(kv_cache_tokens=args.kv_tokens)
-    cluster = SimCluster(Setting(specs, {spec.name: profile for spec in specs}, engine, cores=cores))
+    profiles = {spec.name: profile for spec in specs}
+    cluster = SimCluster(Setting(specs, profiles, engine, cores=cores, front_end_s=front_end_s))
     cluster.run(_load(args))
     cluster.check()
     return [Asked(o.prompt, o.cached, o.ttft, o.jct, o.tokens) for o in cluster.outcomes]

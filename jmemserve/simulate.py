@@ -91,7 +91,9 @@ def _run(args: argparse.Namespace, mesh: str, policy: Policy, caching: Caching) 
         tqdm.write(f"{mesh}: {about}", file=sys.stderr)
     began = time.monotonic()
     with tqdm(total=args.requests, desc=f"{mesh} {policy.value} {caching.value}", unit=" req", file=sys.stderr) as bar:
-        cluster = SimCluster(Setting(specs, profiles, engine, args.dram_tokens, args.cores), bar.update)
+        cluster = SimCluster(
+            Setting(specs, profiles, engine, args.dram_tokens, args.cores, args.front_end_s), bar.update
+        )
         cluster.run(_load(args, engine.kv_cache_tokens))
     row = summary(cluster) | {"wall_s": time.monotonic() - began, "profile": next(iter(profiles.values())).about}
     if args.hardware:
@@ -205,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--swap", choice(SwapPolicy, "auto", "when DRAM is used")),
         ("--prompt-trees", choice(PromptTrees, "events", "what the router's trees learn from")),
         ("--prompt-tree-ttl-s", number(float, defaults["prompt_tree_ttl_s"], "with responses: life of an entry")),
+        ("--front-end-s", number(float, 0.0, "seconds of a request in the front-end and on the wire")),
         (
             "--cores",
             {"type": float, "metavar": "N", "help": "instances share so many cores (default: each has its own)"},

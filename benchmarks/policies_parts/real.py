@@ -24,12 +24,12 @@ class Server:
     """One policy's server."""
 
     def __init__(self, client: Client):
-        self._client = client
+        self.client = client
         self.vocab_size = client.model_info().vocab_size
 
     def play(self, sessions: list[Session]) -> list[Asked]:
         """All sessions at their times, from empty caches."""
-        self._client.reset_prefix_cache()
+        self.client.reset_prefix_cache()
         found: list[Asked] = []
         failures: list[BaseException] = []
         lock, start = threading.Lock(), time.perf_counter() + 0.2
@@ -56,13 +56,13 @@ class Server:
 
     def computed(self) -> dict[str, int]:
         """Prompt tokens that each instance has computed since it began."""
-        loads = self._client.loads()
+        loads = self.client.loads()
         return {load.instance: load.prefix_queries - load.prefix_hits for load in loads if load.role != "decode"}
 
     def _ask(self, session: str, prompt: tuple[int, ...], answer: int) -> Asked:
         params = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True)
         sent, first, cached = time.perf_counter(), 0.0, 0
-        for message in self._client.stream(prompt, params, timeout_s=ANSWER_S, session=session):
+        for message in self.client.stream(prompt, params, timeout_s=ANSWER_S, session=session):
             if isinstance(message, Delta):
                 first = first or time.perf_counter() - sent
             elif message.finish is not FinishReason.LENGTH:

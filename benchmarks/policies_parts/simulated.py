@@ -18,13 +18,14 @@ def play(mesh: str, policy: str, profile: Profile, engine: EngineConfig, session
     specs = parse_mesh(mesh)
     setting = Setting(specs, {spec.name: profile for spec in specs}, dataclasses.replace(engine, policy=Policy(policy)))
     cluster = SimCluster(setting)
-    cluster.run(_load(sessions))
+    cluster.run(load(sessions))
     asked = [Asked(o.prompt, o.cached, o.ttft, o.jct) for o in cluster.outcomes]
     computed = {name: i.computed for name, i in cluster.instances.items() if i.spec.role.prefills}
     return row(f"simulated {mesh}", policy, ratio, asked, computed)
 
 
-def _load(sessions: list[Session]) -> Load:
+def load(sessions: list[Session]) -> Load:
+    """Each session at its time; its next turn follows the answer."""
     for session in sessions:
         yield session.start_s, _job(session, 0)
 

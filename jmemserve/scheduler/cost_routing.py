@@ -34,9 +34,9 @@ class Ways:
     def __init__(self, asked: Asked, view: View):
         self._asked, self._view = asked, view
         self._known: dict[tuple[int, int, int], Way] = {}
-        self.best, self.most = None, 0  # who holds most, and how many blocks
+        self.best, self.most = None, 0  # who could send most, and how many blocks
         for name, holding in view.held.items():
-            if holding.blocks > self.most:
+            if holding.blocks > self.most and name not in view.kept_back:
                 self.best, self.most = name, holding.blocks
 
     def at(self, candidate: Candidate) -> Way:

@@ -159,7 +159,9 @@ class Router:
         raw = self.beliefs.packed(tokens)
         held = self.beliefs.held(raw, len(tokens), salt, now)
         asked = Asked(len(tokens), self._output, home)
-        route = self._policy(asked, View(prefills, decodes, held, self._block_size, self._turn, self._bypass))
+        kept_back = self._kept_back()
+        view = View(prefills, decodes, held, self._block_size, self._turn, self._bypass, kept_back)
+        route = self._policy(asked, view)
         prefill, decode = self._instances[route.prefill], self._instances[route.decode]
         assert prefill.state is decode.state is InstanceState.READY, (route, prefill.state, decode.state)
         self._turn += 1
@@ -242,6 +244,12 @@ class Router:
             ready: list[Candidate] = [i for i in self._instances.values() if i.state is InstanceState.READY]
             self._groups = [i for i in ready if i.role.prefills] or ready, [i for i in ready if i.role.decodes] or ready
         return self._groups
+
+    def _kept_back(self) -> frozenset[str]:
+        """Where nothing that was decoded goes back, decode instances send no prefixes either."""
+        if self.beliefs.caching.returns:
+            return frozenset()
+        return frozenset(i.name for i in self._instances.values() if not i.role.prefills)
 
     def _leave_prefill(self, flight: _Flight) -> None:
         load = flight.prefill_load

@@ -29,6 +29,7 @@ class Setting:
     engine: EngineConfig  # with ``kv_cache_tokens``
     dram_tokens: int = 0  # of each instance
     cores: float | None = None  # that all instances share; None: enough
+    front_end_s: float = 0.0  # that a request spends in the front-end and on the wire, before and after its instance
 
 
 @dataclasses.dataclass(slots=True)
@@ -90,6 +91,11 @@ class SimCluster:
         return self._router.predictions
 
     @property
+    def tree_blocks(self) -> int:
+        """That the router's trees know of now."""
+        return self._router.beliefs.tree.num_blocks
+
+    @property
     def pulls(self) -> int:
         """Requests for which a peer was asked to send blocks first."""
         return self._gateway.counts.pulls
@@ -113,7 +119,7 @@ class SimCluster:
         """Wait for the next arrival: only one of them is looked at ahead."""
         following = next(load, None)
         if following is not None:
-            self.clock.at(following[0], self._arrive, load, following[1])
+            self.clock.at(following[0] + self.setting.front_end_s, self._arrive, load, following[1])
 
     def _arrive(self, load: Load, job: Job) -> None:
         self._next(load)
@@ -122,7 +128,7 @@ class SimCluster:
     def _send(self, job: Job) -> None:
         now = self.clock.now
         prompt = job.prompt()
-        outcome = Outcome(job.session, now, len(prompt), job.output)
+        outcome = Outcome(job.session, now - self.setting.front_end_s, len(prompt), job.output)
         self.outcomes.append(outcome)
         number = len(self.outcomes)
         params = SamplingParams(temperature=0.0, max_tokens=job.output, ignore_eos=True)
@@ -194,7 +200,7 @@ class SimCluster:
                 self._progress(1)
                 following = job.after(prompt, answer) if job.after is not None else None
                 if following is not None:
-                    self.clock.at(now + following[0], self._send, following[1])
+                    self.clock.at(now + following[0] + self.setting.front_end_s, self._send, following[1])
 
     def _flush(self) -> None:
         outbox, self._gateway.outbox = self._gateway.outbox, []

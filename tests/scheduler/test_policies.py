@@ -68,6 +68,14 @@ def test_a_decode_instance_may_be_the_source():
     assert cost(Asked(513, 10), view(p0, d0, held={"d0": Holding(32, 0)})).source == "d0"
 
 
+def test_what_is_kept_back_is_nobodys_source():
+    p0, d0, d1 = one("p0", Role.PREFILL), one("d0", Role.DECODE), one("d1", Role.DECODE)
+    found = view(p0, d0, d1, held={"d0": Holding(32, 0), "d1": Holding(16, 0)})
+    route = cost(Asked(513, 10), dataclasses.replace(found, kept_back={"d0", "d1"}))
+    assert (route.source, route.predicted_cached_tokens) == (None, 0)
+    assert cost(Asked(513, 10), dataclasses.replace(found, kept_back={"d0"})).source == "d1"
+
+
 def test_what_lies_in_dram_is_swapped_in_where_that_is_cheaper():
     p0, d0 = one("p0"), one("d0", Role.DECODE)
     route = cost(Asked(513, 10), view(p0, d0, held={"p0": Holding(32, 32)}))

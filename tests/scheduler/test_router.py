@@ -259,3 +259,12 @@ def test_instances_come_go_and_change_their_role():
     assert serve(router, "three", [*range(16)]).decode == "b"
     assert router.relief([1], "", "b", 0.0) is None
     router.check()
+
+
+def test_decode_instances_send_prefixes_only_where_what_they_make_goes_back():
+    instances = [("prefill0", Role.PREFILL), ("decode0", Role.DECODE)]
+    for caching, source in ((Caching.DELTA, None), (Caching.FULL, "decode0")):
+        router = learner(instances, caching=caching)
+        router.beliefs.learn("decode0", Role.DECODE, range(4000), "", 0.0)
+        route = router.route("r", [*range(4001)], "", 0.0)
+        assert (route.prefill, route.source) == ("prefill0", source)

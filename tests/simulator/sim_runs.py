@@ -18,12 +18,12 @@ PROFILE = Profile(
 )
 
 
-def build(mesh: str, dram: int = 0, cores: float | None = None, **engine) -> SimCluster:
+def build(mesh: str, dram: int = 0, cores: float | None = None, front_end_s: float = 0.0, **engine) -> SimCluster:
     """A cluster of small instances."""
     small = {"block_size": 4, "kv_cache_tokens": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 64}
     specs = parse_mesh(mesh)
     profiles = {spec.name: PROFILE for spec in specs}
-    return SimCluster(Setting(specs, profiles, EngineConfig(**(small | engine)), dram, cores))
+    return SimCluster(Setting(specs, profiles, EngineConfig(**(small | engine)), dram, cores, front_end_s))
 
 
 def simulate(mesh: str, load: Load, **how) -> SimCluster:

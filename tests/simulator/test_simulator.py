@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from sim_runs import PROFILE, build, burst, one, simulate, talk
 
-from jmemserve.config import Caching, Policy
+from jmemserve.config import Caching
 from jmemserve.scheduler.cost_model import CostModel
 from jmemserve.scheduler.plan import StepShape
 from jmemserve.simulator.clock import Clock, Device, Host
@@ -46,7 +46,7 @@ def test_a_hand_over_takes_its_transfer_besides() -> None:
 def test_each_milestone_computes_and_moves_what_the_paper_says(caching: Caching) -> None:
     """Turn k has x_k = x_(k-1) + g + u tokens (table 4), in whole blocks of C, as only those are cached."""
     user, answer, turns, size = 10, 13, 5, 4
-    cluster = build("prefill+decode", caching=caching, policy=Policy.LONGEST_PREFIX)  # nobody pulls
+    cluster = build("prefill+decode", caching=caching)
     moved: list[tuple[int, int]] = []
 
     def count() -> None:
@@ -112,3 +112,13 @@ def test_devices_that_share_cores_slow_each_other() -> None:
 def test_cores_shared_by_all_make_a_run_longer() -> None:
     apart, shared = (simulate("2xcolocated", burst(20, 40, 20, 0.001), cores=cores) for cores in (None, 1.0))
     assert 1.2 * apart.clock.now < shared.clock.now < 2.2 * apart.clock.now
+
+
+def test_what_the_front_end_takes_is_waited_for_on_every_turn() -> None:
+    bare, cluster = (build("prefill+decode", front_end_s=seconds) for seconds in (0.0, 0.25))
+    for one_of in (bare, cluster):
+        one_of.run(talk(3, 10, 13, pause=5.0))
+    for without, outcome in zip(bare.outcomes, cluster.outcomes, strict=True):
+        assert outcome.ttft == pytest.approx(without.ttft + 0.25)
+        assert outcome.jct == pytest.approx(without.jct + 0.25)
+    assert cluster.outcomes[1].arrival == pytest.approx(cluster.outcomes[0].last + 5.0)
