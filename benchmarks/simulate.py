@@ -6,8 +6,9 @@
 
 First ``python -m jmemserve.calibrate`` measures what a step costs an instance that has the machine to itself, and then
 two at once: instances of one machine share its cores, and the simulator is told how many of them can work at full
-speed. A few requests, one after the other, show what the front-end and gRPC add to the first token. Then each arrangement serves Poisson arrivals, really (a server process, asked over gRPC) and on virtual time.
-The aim is that the medians of TTFT and JCT agree within 15 %.
+speed. A few requests, one after the other, show what the front-end and gRPC add to a first token. Then each arrangement
+serves Poisson arrivals, really (a server process, asked over gRPC) and on virtual time. The aim is that the medians of
+TTFT and JCT agree within 15 %.
 """
 
 import argparse
