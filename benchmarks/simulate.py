@@ -4,17 +4,15 @@
     python benchmarks/simulate.py --mesh prefill+decode --requests 20 --rate 0.5
     python benchmarks/simulate.py --quick                  small sizes: shows that it works, measures nothing
 
-First ``python -m jmemserve.calibrate`` measures what a step costs an instance that has the machine to itself, and then
-two at once: instances of one machine share its cores, and the simulator is told how many of them can work at full
-speed. A few requests, one after the other, show what the front-end and gRPC add to a first token. Then each arrangement
-serves Poisson arrivals, really (a server process, asked over gRPC) and on virtual time. The aim is that the medians of
-TTFT and JCT agree within 15 %.
+Each arrangement serves Poisson arrivals, really (a server process, asked over gRPC) and on virtual time. What steps and
+transfers cost is what the instances themselves have learnt while other requests warmed them up, as ``--profile`` of the
+client shows it: instances of one machine slow each other, and only they know by how much. A few requests, one after
+the other, show what the front-end and gRPC add to a first token. The aim is that the medians of TTFT and JCT agree
+within 15 %.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -44,23 +42,19 @@ def main() -> None:
     args = _parser().parse_args()
     about = machine.about()
     print(json.dumps(about, indent=2))
+    rows: list[Row] = []
+    curves: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        profile, cores = calibrate(args, folder)
-        print(f"{profile.about}: {cores:.2f} instances of this machine can work at full speed")
-        front_end_s = overhead(args, folder)
+        front_end_s = overhead(args, Path(name))
         print(f"the front-end and gRPC add {1e3 * front_end_s:.1f} ms to a first token")
-        rows: list[Row] = []
-        curves: dict[str, dict[str, list[float]]] = {}
         for mesh in tqdm(args.mesh, unit="arrangement"):
-            measured = serve(args, mesh, folder)
-            simulated = simulate(args, mesh, profile, cores, front_end_s)
+            measured, profiles = serve(args, mesh, Path(name))
+            simulated = simulate(args, mesh, profiles, front_end_s)
             rows += [compare(mesh, figure, measured, simulated) for figure in ("ttft_ms", "tpot_ms", "jct_ms")]
             curves[mesh] = {
-                "measured TTFT": sorted(figures(measured)["ttft_ms"]),
-                "simulated TTFT": sorted(figures(simulated)["ttft_ms"]),
-                "measured JCT": sorted(figures(measured)["jct_ms"]),
-                "simulated JCT": sorted(figures(simulated)["jct_ms"]),
+                f"{how} {figure[:4].upper()}": sorted(figures(asked)[figure])
+                for figure in ("ttft_ms", "jct_ms")
+                for how, asked in (("measured", measured), ("simulated", simulated))
             }
     print_rows(rows)
     aims = [
@@ -71,13 +65,7 @@ def main() -> None:
     for aim in aims:
         print(aim)
     if args.output:
-        plain = about | {
-            "full_speed": cores,
-            "front_end_s": front_end_s,
-            "profile": json.loads(profile.to_json()),
-            "rows": rows,
-        }
-        args.output.write_text(json.dumps(plain, indent=1) + "\n")
+        args.output.write_text(json.dumps(about | {"front_end_s": front_end_s, "rows": rows}, indent=1) + "\n")
     if args.plot:
         from simulate_parts import plots
 
@@ -86,38 +74,15 @@ def main() -> None:
         raise SystemExit("an aim was missed")
 
 
-def calibrate(args: argparse.Namespace, folder: Path) -> tuple[Profile, float]:
-    """The profile of an instance alone, and how many work at full speed when several do."""
-    alone = _calibrate(args, folder, 1)[0]
-    together = _calibrate(args, folder, 2)
-    slower = [
-        other / one for profile in together for (*_, one), (*_, other) in zip(alone.steps, profile.steps, strict=True)
-    ]
-    return alone, len(together) / max(1.0, median(slower))
-
-
-def _calibrate(args: argparse.Namespace, folder: Path, count: int) -> list[Profile]:
-    """So many processes measure at the same time."""
-    paths = [folder / f"profile{count}.{number}.json" for number in range(count)]
-    command = [sys.executable, "-m", "jmemserve.calibrate", "--budget-s", str(args.budget_s)]
-    flags = [text for name, value in _flags(args).items() for text in (f"--{name}", value)]
-    running = [
-        subprocess.Popen([*command, *flags, "--output", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for path in paths
-    ]
-    for process in running:
-        out, _ = process.communicate(timeout=600)
-        if process.returncode:
-            raise SystemExit(out.decode()[-2000:])
-    return [Profile.from_json(path.read_text()) for path in paths]
-
-
-def serve(args: argparse.Namespace, mesh: str, folder: Path) -> list[Asked]:
-    """What the clients of a real server see."""
+def serve(args: argparse.Namespace, mesh: str, folder: Path) -> tuple[list[Asked], dict[str, Profile]]:
+    """What the clients of a real server see, and what its instances had learnt of their costs before."""
     with real.serve("cost", mesh, _flags(args), folder / "server.log") as server:
-        warm = _sessions(_load(args, 9), server.vocab_size)
-        server.play([Session(f"warm{n}", 0.3 * n, one.turns) for n, one in enumerate(warm[:4])])
-        return server.play(_sessions(_load(args), server.vocab_size))
+        server.play(_sessions(_load(args, args.seed + 1), server.vocab_size))
+        members = server.client.cluster().members
+        return (
+            server.play(_sessions(_load(args), server.vocab_size)),
+            {member.name: Profile.from_json(member.profile) for member in members},
+        )
 
 
 def overhead(args: argparse.Namespace, folder: Path) -> float:
@@ -135,12 +100,10 @@ def overhead(args: argparse.Namespace, folder: Path) -> float:
     return median(found)
 
 
-def simulate(args: argparse.Namespace, mesh: str, profile: Profile, cores: float, front_end_s: float) -> list[Asked]:
+def simulate(args: argparse.Namespace, mesh: str, profiles: dict[str, Profile], front_end_s: float) -> list[Asked]:
     """The same on virtual time."""
-    specs = parse_mesh(mesh)
     engine = EngineConfig(kv_cache_tokens=args.kv_tokens)
-    profiles = {spec.name: profile for spec in specs}
-    cluster = SimCluster(Setting(specs, profiles, engine, cores=cores, front_end_s=front_end_s))
+    cluster = SimCluster(Setting(parse_mesh(mesh), profiles, engine, front_end_s=front_end_s))
     cluster.run(_load(args))
     cluster.check()
     return [Asked(o.prompt, o.cached, o.ttft, o.jct, o.tokens) for o in cluster.outcomes]
@@ -191,6 +154,7 @@ def _flags(args: argparse.Namespace) -> dict[str, str]:
         "dtype": "float32",
         "max-model-len": "1024",
         "kv-cache-tokens": str(args.kv_tokens),
+        "calibrate-s": str(args.budget_s),
         "compilation-cache-dir": args.compilation_cache_dir,
     }
 
@@ -205,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--shared", type=int, default=64, help="tokens that all prompts begin with")
     parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--budget-s", type=float, default=20.0, help="for calibrating")
+    parser.add_argument("--budget-s", type=float, default=8.0, help="to calibrate each instance before it serves")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compilation-cache-dir", default=default_cache_dir())
     parser.add_argument("--output", type=Path)
@@ -216,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
 
 class _Quick(argparse.Action):
     def __call__(self, parser: object, namespace: argparse.Namespace, *rest: object) -> None:
-        namespace.quick, namespace.requests, namespace.rate, namespace.budget_s = True, 4, 4.0, 3.0
+        namespace.quick, namespace.requests, namespace.rate, namespace.budget_s = True, 4, 4.0, 2.0
         namespace.prompt, namespace.shared, namespace.output_tokens = 40, 16, 4
 
 

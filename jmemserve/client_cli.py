@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--info", action="store_true", help="describe the server and its model")
     what.add_argument("--load", action="store_true", help="show the load of every instance")
     what.add_argument("--cluster", action="store_true", help="show who belongs to the cluster; with --json as JSON")
+    what.add_argument("--profile", metavar="INSTANCE", help="print what work costs there, as JSON for the simulator")
     what.add_argument("--set-role", metavar="INSTANCE=ROLE", help="let an instance prefer something else")
     what.add_argument("--move", metavar="ID[=INSTANCE]", help="let a running request go on at another instance")
     what.add_argument("--drain", metavar="INSTANCE", help="let an instance finish and leave")
@@ -88,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _is_control(arguments: argparse.Namespace) -> bool:
     given = vars(arguments)
-    return any(given[name] for name in ("abort", "info", "load", "health", "cluster", "set_role", "move", "drain"))
+    return any(
+        given[name] for name in ("abort", "info", "load", "health", "cluster", "profile", "set_role", "move", "drain")
+    )
 
 
 def _control(client: Client, arguments: argparse.Namespace) -> int:
@@ -106,6 +109,8 @@ def _control(client: Client, arguments: argparse.Namespace) -> int:
         report = client.cluster()
         print(json.dumps(dataclasses.asdict(report), indent=2) if arguments.json else cluster_table(report))
         return 0
+    if arguments.profile:
+        return _profile(client, arguments.profile)
     if arguments.set_role:
         instance, _, role = arguments.set_role.partition("=")
         client.set_role(instance, role)
@@ -123,6 +128,16 @@ def _control(client: Client, arguments: argparse.Namespace) -> int:
     if info["server"].get("state") != "SERVER_STATE_LOADING":
         info["model"] = json_format.MessageToDict(client.model_info(), preserving_proto_field_name=True)
     print(json.dumps(info, indent=2))
+    return 0
+
+
+def _profile(client: Client, instance: str) -> int:
+    alive = {member.name: member for member in client.cluster().members if member.state not in ("dead", "left")}
+    if instance not in alive:
+        raise InvalidRequest(f"there is no instance {instance!r}; those that there are: {', '.join(alive) or 'none'}")
+    if not alive[instance].profile:
+        raise InvalidRequest(f"{instance} has measured nothing: start it without --calibrate-s 0 and --warmup none")
+    print(alive[instance].profile)
     return 0
 
 

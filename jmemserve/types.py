@@ -278,6 +278,7 @@ class MemberReport:
     reason: str = ""  # why it is dead
     load: InstanceLoad | None = None
     peers: tuple[tuple[str, str], ...] = ()  # (instance, how blocks get there)
+    profile: str = ""  # what work costs there, as JSON for the simulator; empty: nothing was measured
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

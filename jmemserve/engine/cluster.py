@@ -272,6 +272,7 @@ class Cluster:
                     self._gateway.router.beliefs.on_snapshot(name, snapshot, *ends)
                 case m.CostNews():
                     message.profile.check()
+                    self._membership.learnt(name, message.profile)
                     self._gateway.router.set_profile(name, message.profile)
                 case m.Beat():
                     self._apply(self._membership.beat(name, message, now), now)

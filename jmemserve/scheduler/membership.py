@@ -89,6 +89,12 @@ class Membership:
         members = (record.member() for record in self.records.values() if record.state in _LINKED)
         return Roster(self.version, tuple(members))
 
+    def learnt(self, name: str, profile: Profile) -> None:
+        """What work costs at an instance by now. Of one that is unknown nothing is kept."""
+        record = self.records.get(name)
+        if record is not None:
+            record.profile = profile
+
     def report(self, now: float) -> tuple[MemberReport, ...]:
         """For people: those that are gone first."""
         records = [*self.gone, *self.records.values()]
@@ -105,6 +111,7 @@ class Membership:
                 reason=record.reason,
                 load=record.load,
                 peers=tuple(sorted(record.ways.items())),
+                profile="" if record.profile is None else record.profile.to_json(),
             )
             for record in sorted(records, key=lambda record: record.alive)
         )

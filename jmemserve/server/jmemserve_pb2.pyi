@@ -388,7 +388,7 @@ class GetClusterResponse(_message.Message):
     def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., requests: _Optional[int] = ..., retries: _Optional[int] = ..., moves: _Optional[int] = ..., failed: _Optional[int] = ..., pulls: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., predicted_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., over_tokens: _Optional[int] = ..., under_tokens: _Optional[int] = ..., tree_blocks: _Optional[int] = ..., tree_renewals: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("name", "role", "state", "epoch", "place", "address", "since_s", "heard_s", "reason", "load", "peers")
+    __slots__ = ("name", "role", "state", "epoch", "place", "address", "since_s", "heard_s", "reason", "load", "peers", "profile")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -400,6 +400,7 @@ class Member(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     PEERS_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: InstanceRole
     state: MemberState
@@ -411,7 +412,8 @@ class Member(_message.Message):
     reason: str
     load: InstanceLoad
     peers: _containers.RepeatedCompositeFieldContainer[PoolPeer]
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[InstanceRole, str]] = ..., state: _Optional[_Union[MemberState, str]] = ..., epoch: _Optional[int] = ..., place: _Optional[str] = ..., address: _Optional[str] = ..., since_s: _Optional[float] = ..., heard_s: _Optional[float] = ..., reason: _Optional[str] = ..., load: _Optional[_Union[InstanceLoad, _Mapping]] = ..., peers: _Optional[_Iterable[_Union[PoolPeer, _Mapping]]] = ...) -> None: ...
+    profile: str
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[InstanceRole, str]] = ..., state: _Optional[_Union[MemberState, str]] = ..., epoch: _Optional[int] = ..., place: _Optional[str] = ..., address: _Optional[str] = ..., since_s: _Optional[float] = ..., heard_s: _Optional[float] = ..., reason: _Optional[str] = ..., load: _Optional[_Union[InstanceLoad, _Mapping]] = ..., peers: _Optional[_Iterable[_Union[PoolPeer, _Mapping]]] = ..., profile: _Optional[str] = ...) -> None: ...
 
 class SetRoleRequest(_message.Message):
     __slots__ = ("instance", "role")

@@ -50,7 +50,7 @@ _LOAD_NUMBERS = (
     *("prefix_hits", "prefix_queries", "steps", "preemptions", "compiles_after_warmup", "cost_error"),
 )
 
-_MEMBER_FIELDS = ("name", "epoch", "place", "address", "since_s", "heard_s", "reason")
+_MEMBER_FIELDS = ("name", "epoch", "place", "address", "since_s", "heard_s", "reason", "profile")
 _CLUSTER_NUMBERS = (
     *("requests", "retries", "moves", "failed", "pulls", "prompt_tokens", "predicted_tokens", "cached_tokens"),
     *("over_tokens", "under_tokens", "tree_blocks", "tree_renewals"),

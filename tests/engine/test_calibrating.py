@@ -1,5 +1,6 @@
 """What work costs is measured before an instance serves, leaves no trace, and reaches the router."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jmemserve.engine.report import SilentReport
 from jmemserve.kvpool import Medium
 from jmemserve.kvpool.transports.local import LocalExchange
 from jmemserve.scheduler.cost_model import CostModel, Profile
+from jmemserve.scheduler.messages import CostNews
 
 
 class Lines(SilentReport):
@@ -116,6 +118,10 @@ def test_costs_reach_the_router_and_their_error_is_a_metric(tmp_path: Path) -> N
         decode = driver.instances["decode0"]
         news = decode.call(lambda: decode.costs._refiner._transfers)
         assert news and all(blocks > 0 and 0 < seconds < 60 for blocks, seconds in news)
+        slower = dataclasses.replace(decode.costs.profile, pair_s=1.0)
+        decode.call(lambda: decode._say(CostNews(slower)))
+        [told] = [member.profile for member in driver.cluster.report().members if member.name == "decode0"]
+        assert Profile.from_json(told) == slower, "what is reported follows"
 
 
 def test_the_command_writes_a_profile_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

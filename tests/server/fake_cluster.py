@@ -1,6 +1,7 @@
 """A cluster without a model: the same promises as jmemserve.engine.cluster, tokens from a function of the prompt."""
 
 import asyncio
+import dataclasses
 import queue
 import threading
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from jmemserve.config import Role
 from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable, UnknownRequest
+from jmemserve.scheduler.cost_model import Profile
 from jmemserve.types import (
     ClusterReport,
     Event,
@@ -22,6 +24,7 @@ from jmemserve.types import (
     Usage,
 )
 
+PROFILE = Profile(steps=((1, 1, 0.01), (64, 8, 0.02)), pair_s=1e-8, about="made up")
 Script = Callable[[Request], Iterable[int]]
 
 
@@ -86,7 +89,8 @@ class FakeCluster:
 
     def report(self) -> ClusterReport:
         peers = (("decode0", "local"),)
-        alive = MemberReport("colocated0", "colocated", "ready", 7, "host:1", "local:colocated0", load=self.loads()[0])
+        alive = MemberReport("colocated0", "colocated", "ready", 7, "host:1", "local:colocated0")
+        alive = dataclasses.replace(alive, load=self.loads()[0], profile=PROFILE.to_json())
         dead = MemberReport("decode0", "decode", "dead", 3, reason="its stream ended", peers=peers)
         return ClusterReport((dead, alive), requests=len(self.running), retries=2, moves=1)
 

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import VOCAB, Server, serving
+from fake_cluster import PROFILE
 
 from jmemserve import client_cli, errors
 from jmemserve.client import Client, make_request
+from jmemserve.scheduler.cost_model import Profile
 from jmemserve.server.messages import Delta
 from jmemserve.server.model import Model
 from jmemserve.types import FinishReason, SamplingParams
@@ -121,6 +123,9 @@ def test_command_line(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("--health") == (0, "SERVING\n", "")
         assert json.loads(call("--info")[1])["model"]["name"] == "small"
         assert json.loads(call("--load")[1])[0]["total_blocks"] == 10
+        assert Profile.from_json(call("--profile", "colocated0")[1]) == PROFILE
+        code, _, err = call("--profile", "decode7")
+        assert code == 1 and err == "error: there is no instance 'decode7'; those that there are: colocated0\n"
 
 
 def test_command_line_interrupted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
