@@ -256,9 +256,9 @@ class LocalScheduler:
         size, pool = self.pool.block_size, self.pool
         spare = 1 if self._active else 0
         needed = -(-seq.known // size) + spare
-        if needed - pool.peek_media(seq.tokens, seq.request.salt)[0] > pool.room():
+        if needed - pool.peek_media(seq.packed, seq.request.salt)[0] > pool.room():
             return False  # asked every step: do not count it as a look-up
-        match = pool.match(seq.tokens, seq.request.salt)
+        match = pool.match(seq.packed, seq.request.salt)
         if needed - sum(block.medium is Medium.HBM for block in match.addresses) > pool.room():
             match.release()
             return False

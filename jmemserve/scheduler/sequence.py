@@ -3,8 +3,13 @@
 import dataclasses
 import enum
 
+import numpy as np
+
 from jmemserve.kvpool import BlockAddress
+from jmemserve.kvpool.runs import pack
 from jmemserve.types import Request, Timings
+
+NO_TOKENS = np.empty(0, np.int32)
 
 
 class State(enum.Enum):
@@ -69,6 +74,16 @@ class Sequence:
     cached_tokens: int = 0  # prompt tokens found in a prefix cache at first admission
     first_admission: bool = True
     stamps: Stamps = dataclasses.field(default_factory=Stamps)
+    _packed: np.ndarray = dataclasses.field(default_factory=lambda: NO_TOKENS, repr=False)
+
+    @property
+    def packed(self) -> np.ndarray:
+        """The tokens as int32, for the pool: a sequence that waits is looked up again and again."""
+        have = len(self._packed)
+        if have < len(self.tokens):
+            new = np.frombuffer(pack(self.tokens[have:], len(self.tokens) - have), np.int32)
+            self._packed = np.concatenate((self._packed, new)) if have else new
+        return self._packed
 
     @property
     def known(self) -> int:

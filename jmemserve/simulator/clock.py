@@ -12,6 +12,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.happened = 0  # events
         self._due: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
 
@@ -24,6 +25,7 @@ class Clock:
         if not self._due:
             return False
         self.now, _, call, args = heapq.heappop(self._due)
+        self.happened += 1
         call(*args)
         return True
 
@@ -40,6 +42,11 @@ class Host:
         self._busy: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._plan = 0
+
+    @property
+    def shared(self) -> bool:
+        """Does one that is busy slow down others?"""
+        return self._cores is not None
 
     def run(self, seconds: float, over: Callable[[], None]) -> None:
         """Work so long, if nobody else does; then call."""
@@ -87,6 +94,13 @@ class Device:
         self._queue.append((seconds, over))
         if len(self._queue) == 1:
             self._begin()
+
+    @property
+    def ends(self) -> float | None:
+        """When it will have done all, if that is one thing in hand and nobody can slow it down."""
+        if len(self._queue) != 1 or self._host.shared:
+            return None
+        return self._began + self._queue[0][0]
 
     def _begin(self) -> None:
         self._began = self._clock.now

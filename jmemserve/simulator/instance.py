@@ -7,6 +7,7 @@ once of the first, and of the others when it ends or leaves: nothing that routes
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 from jmemserve.config import EngineConfig, InstanceSpec, PromptTrees, SwapPolicy
@@ -27,17 +28,11 @@ from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.plan import Plan, step_shapes
 from jmemserve.scheduler.rules import is_crowded, teaches_prefill, wants_to_leave
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
+from jmemserve.simulator import ahead
 from jmemserve.simulator.clock import Clock, Device, Host
+from jmemserve.simulator.load import made_up
 from jmemserve.simulator.node import Network, SimNode
 from jmemserve.types import Event, FinishReason, Usage
-
-WORDS = tuple(range(1 << 15))  # every made-up token is one of these objects, so that a prompt is 8 bytes per token
-
-
-def made_up(seed: int, place: int) -> int:
-    """The token at a place of an answer."""
-    return WORDS[(seed * 40_503 + place * 9_973) & 32_767]
-
 
 IDLE_S = 0.05  # how often an idle instance comes round while it has something to tell of its cache
 
@@ -86,6 +81,7 @@ class SimInstance:
         self._events: list[Event] = []
         self._flight: _Flight | None = None
         self._waited: _Flight | None = None  # the loop goes on when it is over
+        self._stretch: ahead.Stretch | None = None  # steps that are worked out at once, under way
         self._idle = True  # else a turn is due, or a step that it waits for
         self.steps = 0
         self.computed = 0  # tokens, of all steps
@@ -96,6 +92,8 @@ class SimInstance:
         self._inbox.append(message)
         if self._idle:
             self._clock.at(self._clock.now, self._wake)
+        elif self._stretch is not None and self._stretch.cut(self._clock.now):
+            self._await_stretch(self._stretch)
 
     def _wake(self) -> None:
         if self._idle:
@@ -110,6 +108,10 @@ class SimInstance:
             self._take_messages(now)
             self._write_back()
             self._teller.poll(now)
+            if self._flight is not None and (stretch := self._ahead(self._flight)) is not None:
+                self._stretch = stretch
+                self._await_stretch(stretch)
+                return
             plan = self.scheduler.plan(now)
             self._swap()
             following = self._launch(plan, now) if plan is not None else None
@@ -136,6 +138,30 @@ class SimInstance:
             context = sum(piece.start for piece in plan.slices) + len(plan.slices)
         self.device.enqueue(self.costs.step_s(shape, pairs, context), functools.partial(self._over, flight))
         return flight
+
+    def _ahead(self, flight: _Flight) -> ahead.Stretch | None:
+        """The steps that may be worked out at once, if nothing else is to be done."""
+        end = self.device.ends
+        busy = self._inbox or self._teller.behind or self._has_dram and self._lacks_room
+        if flight.over or end is None or busy:
+            return None
+        return ahead.find(self.scheduler, flight.plan, self.costs, end)
+
+    def _await_stretch(self, stretch: ahead.Stretch) -> None:
+        self._clock.at(stretch.ends[-1], self._end_stretch, stretch, stretch.number)
+
+    def _end_stretch(self, stretch: ahead.Stretch, number: int) -> None:
+        """All its steps have ended, the last one just now: go on where the loop would be."""
+        if number != stretch.number:
+            return  # it was cut meanwhile
+        self._stretch, now, ends = None, self._clock.now, stretch.ends
+        for before, end in itertools.pairwise(ends):
+            self.device.busy_s += end - before
+        self.steps += len(ends)
+        self.computed += len(ends) * len(stretch.plan.slices)
+        self._landed = now
+        self._flight = self._launch(stretch.apply(self.scheduler), now)
+        self._turn()
 
     def _over(self, flight: _Flight) -> None:
         """A step has ended; the loop may have waited for it."""
@@ -243,8 +269,12 @@ class SimInstance:
     # -- between media ------------------------------------------------------------------------------------------------
 
     def _write_back(self) -> None:
-        if self._has_dram and self.pool.reclaimable < WRITE_BACK_BELOW * self.pool.capacity:
+        if self._has_dram and self._lacks_room:
             self.pool.write_back(WRITE_BACK_BLOCKS)
+
+    @property
+    def _lacks_room(self) -> bool:
+        return self.pool.reclaimable < WRITE_BACK_BELOW * self.pool.capacity
 
     def _swap(self) -> None:
         """Begin the copies that were ordered; one after the other goes over the host's bus, after what is enqueued."""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from jmemserve.errors import ConfigError
-from jmemserve.simulator.instance import WORDS
 
-_OBJECTS = np.array(WORDS, dtype=object)
+_WORDS = tuple(range(1 << 15))  # every made-up token is one of these objects, so that a prompt is 8 bytes per token
+_OBJECTS = np.array(_WORDS, dtype=object)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,6 +31,11 @@ def words(numbers: np.ndarray) -> list[int]:
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     return _OBJECTS[(mixed >> np.uint64(49)).astype(np.int64)].tolist()
+
+
+def made_up(seed: int, place: int) -> int:
+    """The token at a place of an answer."""
+    return _WORDS[(seed * 40_503 + place * 9_973) & 32_767]
 
 
 def stretch(name: int, length: int) -> list[int]:
