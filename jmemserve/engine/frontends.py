@@ -4,7 +4,7 @@
     second ones ── requests, cache ──────────────▶               (they attend it: ``join``, ``leave``)
 
 What belongs to a request goes to the front-end whose name is in its id, what anybody may use goes to all, and each is
-told of the cache in its own time. A request of a front-end that is not here has nobody who waits for it.
+told of the cache in its own time. When one is gone, so are its requests, and the others do not notice.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,42 +18,54 @@ Say = Callable[[FromInstance], None]
 
 
 class Frontends:
-    """Of one instance; call from its thread. ``say`` must not block and goes to the home, whichever that is."""
+    """Of one instance; call from its thread.
 
-    def __init__(self, pool: BlockPool, say: Say):
-        self._pool, self._say = pool, say
-        self.home = ""
-        self._says: dict[str, Say] = {}
-        self._tellers: dict[str, CacheTeller] = {}
-        self.lead("")
+    ``say`` must not block and goes to the home, whichever that is; ``drop`` ends the requests that nobody awaits.
+    """
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._says
+    def __init__(self, pool: BlockPool, say: Say, drop: Callable[[], None]):
+        self._pool, self._say, self._drop = pool, say, drop
+        self._home = ""
+        self._says: dict[str, Say] = {"": say}
+        self._tellers: dict[str, CacheTeller] = {"": CacheTeller(pool, say)}
 
     def lead(self, name: str) -> None:
-        """The home is this front-end now; it hears of the cache once ``tell_cache`` begins that."""
-        self._drop(self.home)
-        self.home = name
+        """The home is this front-end from now on. It hears of the cache once this instance is ``ready``."""
+        self.leave(self._home)
+        self._home = name
         self._take(name, self._say)
 
     def join(self, name: str, say: Say) -> None:
         """A second front-end is there, perhaps once more; it hears of the cache at once."""
+        self.leave(name)
         self._take(name, say)
         self._tellers[name].begin()
 
-    def leave(self, name: str, say: Say | None = None) -> bool:
-        """A front-end is gone; False if it has come again meanwhile, with another ``say``, or was not here."""
-        if name not in self._says or say not in (None, self._says[name]):
-            return False
-        self._drop(name)
-        return True
+    def leave(self, name: str, say: Say | None = None) -> None:
+        """A front-end is gone, unless it has come again meanwhile, with another ``say``."""
+        if name in self._says and say in (None, self._says[name]):
+            del self._says[name], self._tellers[name]
+            self._drop()
+
+    def leave_home(self) -> None:
+        """The way to the home is lost."""
+        self.leave(self._home)
 
     def clear(self) -> None:
-        """All are gone but the home, which has yet to ask for the cache anew."""
-        for name in [name for name in self._says if name != self.home]:
-            self._drop(name)
-        for teller in self._tellers.values():
-            teller.end()
+        """All are gone but the home, which holds this for another life."""
+        home = self._says.get(self._home)
+        self._says.clear()
+        self._tellers.clear()
+        if home is not None:
+            self._take(self._home, home)
+
+    def ready(self) -> bool:
+        """The home has this among those that are ready, and hears of its cache. False: it has heard of it before."""
+        teller = self._tellers.get(self._home)
+        if teller is None or teller.begun:
+            return False
+        teller.begin()
+        return True
 
     def awaits(self, request_id: str) -> bool:
         """Does anybody wait for this request?"""
@@ -82,9 +94,9 @@ class Frontends:
         for name, own in by_frontend.items():
             self.answer(name, News(tuple(own)))
 
-    def tell_cache(self, name: str | None = None) -> None:
-        """Tell a front-end, by default the home, all that is cached and every change from now on."""
-        teller = self._tellers.get(self.home if name is None else name)
+    def tell_cache(self, name: str) -> None:
+        """One of them asks for all that is cached."""
+        teller = self._tellers.get(name)
         if teller is not None:
             teller.begin()
 
@@ -95,7 +107,3 @@ class Frontends:
 
     def _take(self, name: str, say: Say) -> None:
         self._says[name], self._tellers[name] = say, CacheTeller(self._pool, say)
-
-    def _drop(self, name: str) -> None:
-        self._says.pop(name, None)
-        self._tellers.pop(name, None)

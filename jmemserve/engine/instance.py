@@ -40,7 +40,7 @@ TRANSFER_DEADLINE_S = 30.0
 
 
 class Instance:
-    """``send(peer, message)`` and ``say(message)``, to the home front-end, must not block; ``linked(peer)``: is it up?"""
+    """``send(peer, message)`` and ``say(message)``, to the home front-end, must not block; ``linked(peer)``: is it?"""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Instance:
         self._mailbox = Mailbox(spec.name)
         self.post, self.call = self._mailbox.post, self._mailbox.call
         self._send, self._say, self._on_failure = send, say, on_failure
-        self.frontends = Frontends(parts.pool, say)
+        self.frontends = Frontends(parts.pool, say, self._drop_unawaited)
         self.node = PoolNode(
             parts.pool,
             parts.runner.store,
@@ -86,7 +86,7 @@ class Instance:
         self._sharing = Sharing(self.node, self.frontends.shared)
         self._prober = Prober(self.node, say, linked)
         self._epochs: dict[str, int] = {}  # of the roster's members
-        self._leaving = self._was_ready = False
+        self._leaving = False
         self._events: list[Event] = []
         self._turned = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
@@ -339,9 +339,7 @@ class Instance:
             if known is not None and epochs.get(peer, known.epoch + 1) > known.epoch:
                 self._forget(peer)
         state = next((member.state for member in roster.members if member.name == self.spec.name), None)
-        if state is m.MemberState.READY and not self._was_ready:
-            self._was_ready = True
-            self.frontends.tell_cache()
+        if state is m.MemberState.READY and self.frontends.ready():
             self.node.tally.reset()  # what moved so far was probes
         self.on_roster(roster)
 
@@ -351,17 +349,10 @@ class Instance:
         self.node.forget_peer(peer)
         self.drop_link(peer)
 
-    def part(self, frontend: str, say: Callable[[m.FromInstance], None] | None = None) -> None:
-        """A front-end is gone (the one that ``say`` led to): so is what it has asked for. On the instance's thread."""
-        if self.frontends.leave(frontend, say):
-            for seq in [seq for seq in self._by_id.values() if not self.frontends.awaits(seq.request.id)]:
-                self._end(seq, FinishReason.ABORT)
-
-    def follow(self, frontend: str) -> None:
-        """This front-end is the home from now on, and says anew when this instance is ready. On the same thread."""
-        self.part(self.frontends.home)
-        self.frontends.lead(frontend)
-        self._was_ready = self._leaving = False
+    def _drop_unawaited(self) -> None:
+        """A front-end is gone: nobody waits for what it has asked for."""
+        for seq in [seq for seq in self._by_id.values() if not self.frontends.awaits(seq.request.id)]:
+            self._end(seq, FinishReason.ABORT)
 
     def begin_life(self, epoch: int) -> None:
         """The cluster held this instance for dead: drop every sequence and every claim of others; the cache stays.
@@ -377,7 +368,7 @@ class Instance:
         for peer in list(self.node.peers.names()):
             self._forget(peer)
         self._epochs = {}
-        self._was_ready = self._leaving = False
+        self._leaving = False
         self.frontends.clear()
         self.pool.begin_life(epoch)
 

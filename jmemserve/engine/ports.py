@@ -1,4 +1,4 @@
-"""The way from a front-end to an instance, whichever process that is in; another front-end gets the roster by one too."""
+"""The way from a front-end to an instance, in whatever process; another front-end gets the roster by one too."""
 
 from typing import Protocol
 

@@ -1,10 +1,11 @@
 """The members of a cluster as a second front-end has them: who they are, another front-end decides.
 
-    primary ──roster──▶ follow ──▶ wanted ──dialled──▶ admit, ready ──▶ READY, until its stream ends or the roster says so
+    primary ──roster──▶ follow ──▶ wanted ──dialled──▶ admit, ready ──▶ READY
 
-A member that answers here is ready here: the primary has seen that it works with all others. What this front-end hears
-itself counts first. A primary that has started anew knows nobody yet, so a member is given up on its word only if this
-life of it has named the member before; the others are kept for as long as they answer. Pure: ``now`` is an argument.
+It stays so until its stream ends or the roster says otherwise. A member that answers here is ready: the primary has
+seen that it works with all others. A primary that has started anew knows nobody yet, so a member is given up on its
+word only if this life of it has named the member before; the others are kept for as long as they answer. Pure: ``now``
+is an argument.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from jmemserve.scheduler.messages import Member, MemberState, Roster
 
 
 class Following(Membership):
-    """The membership of a front-end that decides nothing about members. ``primary``: the address of the one that does."""
+    """Of a front-end that decides nothing about members. ``primary``: the address of the one that does."""
 
     def __init__(self, primary: str, silence_s: float = SILENCE_S):
         super().__init__(silence_s)
