@@ -186,7 +186,7 @@ def test_the_second_one_goes_on_while_the_first_one_is_away(
         assert Stream(second, PROMPT).result() == truth
         streams += 1
     assert states(second) == INSTANCES
-    assert second.process.log.read_text().count("follows the front-end") == 2
+    wait_until(lambda: second.process.log.read_text().count("follows the front-end") == 2, "and is followed again", 5)
     assert Stream(world, PROMPT).result() == truth
     with second.client() as client:
         report = client.cluster()
