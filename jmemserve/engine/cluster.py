@@ -283,6 +283,7 @@ class Cluster:
                     self._gateway.router.set_profile(name, message.profile)
                 case m.Beat():
                     self._apply(self._membership.beat(name, message, now), now)
+                    self._gateway.heard(name, message)
                 case m.Ready():
                     try:
                         self._apply(self._membership.ready(name, message, now), now)

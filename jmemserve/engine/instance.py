@@ -76,7 +76,7 @@ class Instance:
         self.drop_link: Callable[[str], None] = lambda peer: None
         self._by_id: dict[str, Sequence] = {}
         self._aborts = Aborts()
-        self._steps = 0
+        self._steps, self._rank = 0, 0.0
         self.costs = Weigher(self.scheduler, parts.swap, parts.profile, self.frontends.tell_all)
         self._caching, self._shapes_of = parts.caching, parts.shapes_of
         self.pool.caching = parts.caching.keeps(self.role)
@@ -115,6 +115,11 @@ class Instance:
     def load(self) -> InstanceLoad:
         """A momentary view; the numbers may belong to two neighbouring moments."""
         return load_report(self.spec.name, self.role, self.scheduler, self._steps, self.compiles, self.costs.error)
+
+    def beat(self, frontend: str) -> m.Beat:
+        """The sign of life of this moment for a front-end."""
+        others = sum(m.frontend_of(request_id) != frontend for request_id in list(self._by_id))
+        return m.Beat(self.load(), self.stalled_s, others, self._rank)
 
     # -- the thread -------------------------------------------------------------------------------------------
 
@@ -256,6 +261,7 @@ class Instance:
         self.costs.step(flight, now)
         rows = {id(piece.sequence): row for row, piece in enumerate(flight.plan.slices)}
         for seq, token, finish in self.scheduler.commit(flight.plan, tokens, now):
+            self._rank = max(self._rank, seq.request.rank)
             logprobs: tuple[TokenLogprobs, ...] = ()
             about = described[rows[id(seq)]]
             if about is not None and token >= 0:

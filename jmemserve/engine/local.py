@@ -37,9 +37,9 @@ class Host:
         facts = (("kind of blocks", self.instance.node.peers.schema),)
         return Ready(self.links.address, facts, self.max_model_len, self.instance.costs.profile)
 
-    def beat(self) -> Beat | None:
-        """The sign of life of this moment; None: there is none."""
-        return Beat(self.instance.load(), self.instance.stalled_s) if self.instance.alive else None
+    def beat(self, frontend: str = "") -> Beat | None:
+        """The sign of life of this moment for a front-end; None: there is none."""
+        return self.instance.beat(frontend) if self.instance.alive else None
 
     def close(self) -> None:
         """End the thread and the links."""

@@ -20,7 +20,7 @@ from jmemserve.config import Role
 from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable
 from jmemserve.scheduler.admission import Limits, in_line
 from jmemserve.scheduler.fairness import FairShare, order, tenant_of
-from jmemserve.scheduler.messages import Abort, Move, Share, Submit, attempt_id
+from jmemserve.scheduler.messages import Abort, Beat, Move, Share, Submit, attempt_id
 from jmemserve.scheduler.router import InstanceState, Route, Router
 from jmemserve.types import ClusterReport, Event, FinishReason, MemberReport, Request, Timings, Usage
 
@@ -156,11 +156,14 @@ class Gateway:
             while (following := self._next(ticket)) is not None:
                 out.append(self._deliver(ticket, *following, now))
         self.outbox += [(instance, Abort(request_id, FinishReason.ABORT)) for request_id in unwanted]
-        if late or doubled:
-            self.counts = dataclasses.replace(
-                self.counts, late=self.counts.late + late, doubled=self.counts.doubled + doubled
-            )
+        counts = self.counts
+        self.counts = dataclasses.replace(counts, late=counts.late + late, doubled=counts.doubled + doubled)
         return out
+
+    def heard(self, instance: str, beat: Beat) -> None:
+        """What other front-ends have at an instance, and how far their service has come there."""
+        self.router.set_others(instance, beat.others)
+        self._shares.catch_up(beat.rank)
 
     def shared(self, source: str, attempt: str) -> None:
         """A peer has sent what it could: the request can start. Whatever is over by now is nobody's."""

@@ -164,6 +164,8 @@ class Beat:
 
     load: InstanceLoad
     stalled_s: float = 0.0  # since the instance's thread last came round
+    others: int = 0  # requests there of other front-ends than the one that is told
+    rank: float = 0.0  # the highest of a request that has begun there, whosever it is
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

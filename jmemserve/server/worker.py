@@ -301,7 +301,7 @@ class Worker:
             host = self._host
             if host is None:
                 self._say(Beat(_no_load(self._name, self._spec)))
-            elif (beat := host.beat()) is not None:
+            elif (beat := host.beat(self._frontend)) is not None:
                 self._say(beat)
             await asyncio.sleep(BEAT_S)
 

@@ -59,7 +59,7 @@ class Attendance:
         instance = host.instance
         say(host.ready())
         instance.post(functools.partial(instance.frontends.join, frontend, say))
-        beating = asyncio.ensure_future(_beat(host, say))
+        beating = asyncio.ensure_future(_beat(host, frontend, say))
         try:
             async for raw in stream.messages():
                 message = m.shifted(TO_INSTANCE.decode(raw), time.monotonic())
@@ -71,9 +71,9 @@ class Attendance:
             instance.post(functools.partial(instance.frontends.leave, frontend, say))
 
 
-async def _beat(host: Host, say: Callable[[m.FromInstance], None]) -> None:
+async def _beat(host: Host, frontend: str, say: Callable[[m.FromInstance], None]) -> None:
     while True:
-        beat = host.beat()
+        beat = host.beat(frontend)
         if beat is not None:
             say(beat)
         await asyncio.sleep(BEAT_S)

@@ -79,7 +79,8 @@ class Attending:
         await stream.say(HANDSHAKE.encode(Follow(self._cluster.name, self._facts)))
         answer = HANDSHAKE.decode(await asyncio.wait_for(stream.read(), HANDSHAKE_S))
         if isinstance(answer, Refused):
-            raise ConfigError(f"{self._following.primary} does not take this front-end: {answer.reason}")
+            kind = ConfigError if answer.final else Unavailable
+            raise kind(f"{self._following.primary} does not take this front-end: {answer.reason}")
         if not isinstance(answer, Welcome):
             raise TransferError("the primary front-end did not answer")
         self._followed = self._up = True
@@ -101,12 +102,15 @@ class Attending:
     async def _attend(self, name: str) -> None:
         """Have one instance for as long as it is wanted."""
         loop = asyncio.get_running_loop()
-        delay, heard = RETRY_S, loop.time()
+        delay, heard, said = RETRY_S, loop.time(), False
         while (member := self._following.wanted.get(name)) is not None:
             try:
                 await self._dial(member.address, "Attend", functools.partial(self._serve, member))
-                delay, heard = RETRY_S, loop.time()
-            except (JmemserveError, TimeoutError):
+                delay, heard, said = RETRY_S, loop.time(), False
+            except (JmemserveError, TimeoutError) as error:
+                if not said:
+                    said = True
+                    self._report.line(f"{name} cannot be attended ({error}); trying again")
                 if loop.time() - heard > GIVE_UP_S:
                     self._following.wanted.pop(name, None)
                     return

@@ -89,6 +89,10 @@ class Joining:
             follow = HANDSHAKE.decode(await stream.read())
             if not isinstance(follow, Follow) or not follow.frontend:
                 return
+            if follow.frontend in self._seconds or len(self._seconds) >= MAX_SECONDS:
+                full = f"{len(self._seconds)} front-ends follow this one already"
+                await stream.say(HANDSHAKE.encode(Refused(full, False)))
+                return
             try:
                 self._check(follow)
             except Unavailable as error:
@@ -109,8 +113,6 @@ class Joining:
 
     def _check(self, follow: Follow) -> None:
         """Raise Unavailable, with what to change, if it cannot follow."""
-        if follow.frontend in self._seconds or len(self._seconds) >= MAX_SECONDS:
-            raise Unavailable(f"{len(self._seconds)} front-ends follow this one already")
         for fact, value in follow.facts:
             own = self._facts.get(fact, value)
             if own != value:
