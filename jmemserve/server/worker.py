@@ -2,7 +2,7 @@
 
 apply ──▶ welcome(name, epoch) ──▶ load ──▶ ready ──▶ serve ──▶ SIGTERM: drained, left, exit 0
   ▲            └── refused: the reason, exit 2         │
-  └──────── a new life, the cache kept ◀── stream lost ┘
+  └── the same life, or a new one; the cache is kept ◀─┘ stream lost
 """
 
 import asyncio

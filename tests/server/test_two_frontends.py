@@ -150,6 +150,34 @@ def test_the_second_one_says_who_decides_on_members(world: World, seconds: list[
     assert f"--join {world.address} instead" in lost.log.read_text()
 
 
+def test_an_instance_that_leaves_gives_away_what_both_have_there(
+    world: World, seconds: list[Second], truth: list[int]
+) -> None:
+    more = world.join("decode", "decode1")
+    more.wait_for("is a member")
+    doors = (world, seconds[-1])
+    for door in doors:
+        wait_until(lambda door=door: states(door) == INSTANCES | {"decode1": "ready"}, "it is there for both")
+    streams = [Stream(door, PROMPT, request_id=f"leaves{n}") for n, door in enumerate(doors)]
+    for n, (door, stream) in enumerate(zip(doors, streams, strict=True)):
+        stream.wait_tokens(10)
+        with door.client() as client:
+            try:
+                client.move(f"leaves{n}", "decode1")
+            except JmemserveError as error:
+                assert "no other instance" in str(error)  # it is there already
+    for stream in streams:
+        stream.wait_tokens(60)
+    assert more.end() == 0
+    for stream in streams:
+        assert stream.result() == truth
+    for door in doors:
+        wait_until(lambda door=door: states(door) == INSTANCES, "it is gone for both")
+        with door.client() as client:
+            assert client.cluster().retries == 0, "all went in order"
+    nothing_held(world)
+
+
 def test_the_death_of_the_second_one_frees_what_it_held(world: World, seconds: list[Second], truth: list[int]) -> None:
     before = loads(world)["decode0"].steps
     orphans = [Stream(seconds[-1], [token + 9, *PROMPT], SALTED) for token in range(2)]
