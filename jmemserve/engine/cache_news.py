@@ -17,12 +17,14 @@ class CacheTeller:
 
     def __init__(self, pool: BlockPool, say: Callable[[CacheNews | CacheSnapshot], None]):
         self._pool, self._say = pool, say
+        self.begun = False
         self._told: int | None = None  # number of the last event that the front-end has heard of
         self._parts: deque[CacheSnapshot] = deque()
         self._next = 0.0
 
     def begin(self) -> None:
         """Tell all that is cached now, and every change from now on."""
+        self.begun = True
         if self._pool.log is None:
             return
         snapshot = self._pool.snapshot()

@@ -13,10 +13,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from jmemserve.config import ClusterSpec, Role
 from jmemserve.engine.checks import check_request
+from jmemserve.engine.ports import Port
 from jmemserve.engine.report import Report
 from jmemserve.errors import JmemserveError, Unavailable, UnknownRequest
 from jmemserve.scheduler import messages as m
@@ -30,22 +30,6 @@ TICK_S = 0.05
 POOLS_S = 5.0  # a report that takes longer is given up
 
 
-class Port(Protocol):
-    """The way to one instance."""
-
-    def send(self, message: m.ToInstance) -> None:
-        """Never blocks; what cannot be sent is lost, and ``Cluster.down`` follows."""
-        ...
-
-    def beat(self) -> m.Beat | None:
-        """A sign of life, from an instance that gives none of its own accord."""
-        ...
-
-    def close(self, reason: str) -> None:
-        """The instance is no member any more, or this front-end ends. Must not block."""
-        ...
-
-
 class Cluster:
     """Members and requests. All methods but ``start``, ``pools``, ``drain`` and ``stop`` return at once.
 
@@ -53,8 +37,16 @@ class Cluster:
     once, when no instance is left and none may come again: every request has got an ERROR event by then.
     """
 
-    def __init__(self, spec: ClusterSpec, report: Report, on_events: Callable[[list[Event]], None]):
-        self.spec = spec
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        report: Report,
+        on_events: Callable[[list[Event]], None],
+        name: str = "",
+        membership: Membership | None = None,
+    ):
+        """``name``: unlike that of any other front-end, or of a former life; ``membership``: who decides on members."""
+        self.spec, self.name = spec, name
         self.failure: BaseException | None = None
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         self.max_model_len, self.vocab_size = 0, 0  # known once an instance is ready
@@ -63,9 +55,10 @@ class Cluster:
         self._report, self._on_events = report, on_events
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._gateway = Gateway(make_router(spec.engine), Limits.of(spec.engine))
-        self._membership = Membership(spec.engine.heartbeat_timeout_s)
+        self._gateway = Gateway(make_router(spec.engine), Limits.of(spec.engine), name)
+        self._membership = membership or Membership(spec.engine.heartbeat_timeout_s)
         self._ports: dict[str, Port] = {}
+        self._watchers = self._membership.watchers = dict[str, Port]()  # other front-ends
         self._pool_news: dict[str, PoolReport] = {}
         self._accepting = self._stopped = False
         self._closers: list[Callable[[], None]] = []
@@ -129,7 +122,7 @@ class Cluster:
         """End every thread and every member's link."""
         with self._changed:
             self._accepting, self._stopped = False, True
-            ports = list(self._ports.values())
+            ports = [*self._ports.values(), *self._watchers.values()]
             self._changed.notify_all()
         for port in ports:
             port.close("the front-end ends")
@@ -217,7 +210,7 @@ class Cluster:
             self._pool_news.clear()
             asked = [name for name in self._ports if self._membership.records[name].address]
             for name in asked:
-                self._ports[name].send(m.AskPool())
+                self._ports[name].send(m.AskPool(self.name))
 
             def answered() -> bool:
                 return all(name in self._pool_news or name not in self._ports for name in asked)
@@ -230,7 +223,8 @@ class Cluster:
         """Let an instance prefer something else; its cache stays. Raises UnknownRequest."""
         with self._lock:
             self._need(name)
-            self._ports[name].send(m.ChangeRole(role))
+            self._membership.change_role(name, role)
+            self._flush()
 
     def drain_instance(self, name: str) -> None:
         """Give an instance nothing new, let what it has go on elsewhere, then let it leave. Raises UnknownRequest."""
@@ -252,6 +246,20 @@ class Cluster:
             self._ports[name] = port
             return name
 
+    def watch(self, name: str, port: Port | None) -> None:
+        """Tell another front-end who is there, now and whenever that changes; None: not any more."""
+        with self._lock:
+            self._watchers.pop(name, None)
+            if port is not None:
+                self._watchers[name] = port
+                port.send(self._membership.roster())
+
+    def change(self, decide: Callable[[float], list[Change]]) -> None:
+        """Carry out what its membership, asked at this moment, has heard from elsewhere."""
+        now = time.monotonic()
+        with self._lock:
+            self._apply(decide(now), now)
+
     def on_message(self, name: str, port: Port, message: m.FromInstance) -> None:
         """What a member says. Raises Unavailable if it cannot stay, and says why."""
         now = time.monotonic()
@@ -266,7 +274,7 @@ class Cluster:
                     self._flush()
                 case m.CacheNews():
                     if not self._gateway.router.beliefs.on_events(name, message.events, now):
-                        port.send(m.AskCache())
+                        port.send(m.AskCache(self.name))
                 case m.CacheSnapshot():
                     snapshot, ends = message.snapshot, (message.first, message.last)
                     self._gateway.router.beliefs.on_snapshot(name, snapshot, *ends)
@@ -276,6 +284,7 @@ class Cluster:
                     self._gateway.router.set_profile(name, message.profile)
                 case m.Beat():
                     self._apply(self._membership.beat(name, message, now), now)
+                    self._gateway.heard(name, message)
                 case m.Ready():
                     try:
                         self._apply(self._membership.ready(name, message, now), now)
@@ -363,9 +372,9 @@ class Cluster:
         """Send what the deciding parts want sent, and tell the clients what is new."""
         for outbox in (self._membership.outbox, self._gateway.outbox):
             for name, message in outbox:
-                port = self._ports.get(name)
-                if port is not None:
-                    port.send(message)
+                to = self._ports.get(name) or self._watchers.get(name)
+                if to is not None:
+                    to.send(message)
             outbox.clear()
         if events:
             self._on_events(list(events))
@@ -385,7 +394,7 @@ class Cluster:
                 self._apply(self._membership.expire(now), now)
                 self._flush(self._gateway.tick(now))
                 for name in self._gateway.router.beliefs.wanted(now):
-                    self._ports[name].send(m.AskCache())
+                    self._ports[name].send(m.AskCache(self.name))
                 for record in self._membership.alive():
                     if record.state is m.MemberState.DRAINING and not self._gateway.at(record.name):
                         self._ports[record.name].send(m.Leave())

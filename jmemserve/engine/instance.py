@@ -14,8 +14,8 @@ from collections.abc import Callable
 from jmemserve.config import InstanceSpec, Role
 from jmemserve.engine.aborts import Aborts
 from jmemserve.engine.build import Parts
-from jmemserve.engine.cache_news import CacheTeller
 from jmemserve.engine.compiles import CompileCounter
+from jmemserve.engine.frontends import Frontends
 from jmemserve.engine.mailbox import Mailbox
 from jmemserve.engine.messages import FromPeer, Stop
 from jmemserve.engine.moves import Moves
@@ -40,7 +40,7 @@ TRANSFER_DEADLINE_S = 30.0
 
 
 class Instance:
-    """``send(peer, message)`` and ``say(message)``, to the front-end, must not block; ``linked(peer)``: is it up?"""
+    """``send(peer, message)`` and ``say(message)``, to the home front-end, must not block; ``linked(peer)``: is it?"""
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class Instance:
         self._mailbox = Mailbox(spec.name)
         self.post, self.call = self._mailbox.post, self._mailbox.call
         self._send, self._say, self._on_failure = send, say, on_failure
+        self.frontends = Frontends(parts.pool, say, self._drop_unawaited)
         self.node = PoolNode(
             parts.pool,
             parts.runner.store,
@@ -75,17 +76,17 @@ class Instance:
         self.drop_link: Callable[[str], None] = lambda peer: None
         self._by_id: dict[str, Sequence] = {}
         self._aborts = Aborts()
-        self._steps = 0
-        self.costs = Weigher(self.scheduler, parts.swap, parts.profile, say)
+        self._steps, self._rank = 0, 0.0
+        self.costs = Weigher(self.scheduler, parts.swap, parts.profile, self.frontends.tell_all)
         self._caching, self._shapes_of = parts.caching, parts.shapes_of
         self.pool.caching = parts.caching.keeps(self.role)
         self.node.swapper.on_swapped_in, self.node.on_moved = self.costs.swapped_in, self.costs.took_in
         self._moves = Moves(spec.name, self.node, self.scheduler, self._gone)
         self._returns = Returns(self.node)
-        self._sharing, self._teller = Sharing(self.node, say), CacheTeller(parts.pool, say)
+        self._sharing = Sharing(self.node, self.frontends.shared)
         self._prober = Prober(self.node, say, linked)
         self._epochs: dict[str, int] = {}  # of the roster's members
-        self._leaving = self._was_ready = False
+        self._leaving = False
         self._events: list[Event] = []
         self._turned = time.monotonic()
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
@@ -114,6 +115,11 @@ class Instance:
     def load(self) -> InstanceLoad:
         """A momentary view; the numbers may belong to two neighbouring moments."""
         return load_report(self.spec.name, self.role, self.scheduler, self._steps, self.compiles, self.costs.error)
+
+    def beat(self, frontend: str) -> m.Beat:
+        """The sign of life of this moment for a front-end."""
+        others = sum(m.frontend_of(request_id) != frontend for request_id in list(self._by_id))
+        return m.Beat(self.load(), self.stalled_s, others, self._rank)
 
     # -- the thread -------------------------------------------------------------------------------------------
 
@@ -158,7 +164,7 @@ class Instance:
             case m.Share():
                 self._sharing.share(message)
             case m.AskCache():
-                self._teller.begin()
+                self.frontends.tell_cache(message.frontend)
             case m.Roster():
                 self._on_roster(message)
             case m.Probe():
@@ -168,7 +174,7 @@ class Instance:
             case m.ChangeRole():
                 self._change_role(message.role)
             case m.AskPool():
-                self._say(m.PoolNews(pool_report(self.node)))
+                self.frontends.answer(message.frontend, m.PoolNews(pool_report(self.node)))
             case m.Leave():
                 self._leaving = True
             case _ if callable(message):
@@ -179,7 +185,7 @@ class Instance:
     def _flush(self) -> None:
         if self._events:
             events, self._events = self._events, []
-            self._say(m.News(tuple(events)))
+            self.frontends.news(events)
 
     # -- requests ---------------------------------------------------------------------------------------------
 
@@ -201,8 +207,10 @@ class Instance:
         self._end(seq, message.reason)
 
     def _was_aborted(self, seq: Sequence) -> bool:
-        """Was a sequence that just came in aborted while it was on its way? Then it has ended."""
+        """Was a sequence that just came in given up while it was on its way? Then it has ended."""
         reason = self._aborts.take(seq.request.id)
+        if not self.frontends.awaits(seq.request.id):
+            reason = FinishReason.ABORT
         if reason is not None:
             self._by_id[seq.request.id] = seq
             self._end(seq, reason)
@@ -238,10 +246,10 @@ class Instance:
             self._end(seq, FinishReason.DEADLINE)
         self.node.poll(now)
         self._prober.poll(now)
-        self._teller.poll(now)
+        self.frontends.poll(now)
         if self._leaving and not self._by_id and not self._returns:
             self._leaving = False
-            self._say(m.Left())
+            self.frontends.tell_all(m.Left())
         self._aborts.expire(now)
 
     # -- steps ------------------------------------------------------------------------------------------------
@@ -253,6 +261,7 @@ class Instance:
         self.costs.step(flight, now)
         rows = {id(piece.sequence): row for row, piece in enumerate(flight.plan.slices)}
         for seq, token, finish in self.scheduler.commit(flight.plan, tokens, now):
+            self._rank = max(self._rank, seq.request.rank)
             logprobs: tuple[TokenLogprobs, ...] = ()
             about = described[rows[id(seq)]]
             if about is not None and token >= 0:
@@ -336,9 +345,7 @@ class Instance:
             if known is not None and epochs.get(peer, known.epoch + 1) > known.epoch:
                 self._forget(peer)
         state = next((member.state for member in roster.members if member.name == self.spec.name), None)
-        if state is m.MemberState.READY and not self._was_ready:
-            self._was_ready = True
-            self._teller.begin()
+        if state is m.MemberState.READY and self.frontends.ready():
             self.node.tally.reset()  # what moved so far was probes
         self.on_roster(roster)
 
@@ -347,6 +354,11 @@ class Instance:
         self._prober.forget(peer)
         self.node.forget_peer(peer)
         self.drop_link(peer)
+
+    def _drop_unawaited(self) -> None:
+        """A front-end is gone: nobody waits for what it has asked for."""
+        for seq in [seq for seq in self._by_id.values() if not self.frontends.awaits(seq.request.id)]:
+            self._end(seq, FinishReason.ABORT)
 
     def begin_life(self, epoch: int) -> None:
         """The cluster held this instance for dead: drop every sequence and every claim of others; the cache stays.
@@ -362,8 +374,8 @@ class Instance:
         for peer in list(self.node.peers.names()):
             self._forget(peer)
         self._epochs = {}
-        self._was_ready = self._leaving = False
-        self._teller.end()
+        self._leaving = False
+        self.frontends.clear()
         self.pool.begin_life(epoch)
 
     def _change_role(self, role: Role) -> None:

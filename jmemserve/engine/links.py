@@ -133,10 +133,14 @@ class Neighbours:
                 self._roster = roster
                 self._changed.notify()
 
-    def reset(self) -> None:
-        """This instance begins another life, perhaps under another front-end: all links end."""
+    def await_roster(self) -> None:
+        """Rosters of another front-end will come, which counts from the start; until then all stays as it is."""
         with self._changed:
             self._roster = None
+
+    def reset(self) -> None:
+        """This instance begins another life, perhaps under another front-end: all links end."""
+        self.await_roster()
         for peer in self._links.peers():
             self._links.drop(peer)
 

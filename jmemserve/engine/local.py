@@ -10,7 +10,7 @@ from jmemserve.engine.links import Links, Neighbours, Side
 from jmemserve.engine.messages import FromPeer
 from jmemserve.errors import TransferError, Unavailable
 from jmemserve.kvpool import transfer as tx
-from jmemserve.scheduler.messages import FromInstance, Ready
+from jmemserve.scheduler.messages import Beat, FromInstance, Ready
 
 
 class Host:
@@ -36,6 +36,10 @@ class Host:
         """What the front-end is told when all is loaded."""
         facts = (("kind of blocks", self.instance.node.peers.schema),)
         return Ready(self.links.address, facts, self.max_model_len, self.instance.costs.profile)
+
+    def beat(self, frontend: str = "") -> Beat | None:
+        """The sign of life of this moment for a front-end; None: there is none."""
+        return self.instance.beat(frontend) if self.instance.alive else None
 
     def close(self) -> None:
         """End the thread and the links."""

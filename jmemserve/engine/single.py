@@ -34,9 +34,7 @@ class LocalPort:
             self.host.instance.post(message)
 
     def beat(self) -> Beat | None:
-        if self.host is None or not self.host.instance.alive:
-            return None
-        return Beat(self.host.instance.load(), self.host.instance.stalled_s)
+        return None if self.host is None else self.host.beat()
 
     def close(self, reason: str) -> None:
         pass  # its thread ends with the process, or when the cluster stops

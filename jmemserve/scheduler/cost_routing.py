@@ -82,11 +82,11 @@ def cost(asked: Asked, view: View) -> Route:
 def decode_there(asked: Asked, candidate: Candidate, lacking_blocks: int) -> float:
     """What decoding at an instance adds: moving what it lacks, the steps, and how much these slow down the others."""
     costs, load, pace = candidate.costs, candidate.load, candidate.pace
-    before = pace * costs.decode_step_s(min(load.running, candidate.slots), load.context)
-    running = min(load.running + 1, candidate.slots)
+    before = pace * costs.decode_step_s(min(load.busy, candidate.slots), load.context)
+    running = min(load.busy + 1, candidate.slots)
     step = pace * costs.decode_step_s(running, load.context + asked.tokens)
-    seconds = costs.transfer_s(lacking_blocks) + asked.output * (step + load.running * max(0.0, step - before))
-    over = load.running + 1 - candidate.slots
+    seconds = costs.transfer_s(lacking_blocks) + asked.output * (step + load.busy * max(0.0, step - before))
+    over = load.busy + 1 - candidate.slots
     if over > 0:  # it waits until so many others have ended
         seconds += over / candidate.slots * asked.output * step
     return seconds
@@ -100,7 +100,7 @@ def _decoder(asked: Asked, view: View) -> tuple[Candidate | None, float]:
     for candidate in view.decode:
         if candidate.role.decodes:
             load, held = candidate.load, view.held.get(candidate.name, NOTHING).blocks
-            key = id(candidate.costs), candidate.pace, load.running, load.context, held
+            key = id(candidate.costs), candidate.pace, load.busy, load.context, held
             seconds = known.get(key)
             if seconds is None:
                 seconds = known[key] = decode_there(asked, candidate, whole - held)
@@ -113,7 +113,7 @@ def _prefill_there(ways: Ways, candidate: Candidate) -> float:
     """What computing the prompt at an instance adds: until the first token, and what decodes there stands still."""
     way = ways.at(candidate)
     compute_s = candidate.pace * (way.seconds - way.fetch_s)
-    stalls = candidate.load.running if candidate.role.decodes else 0
+    stalls = candidate.load.busy if candidate.role.decodes else 0
     return _wait_s(candidate, way) + compute_s * (1 + stalls)
 
 

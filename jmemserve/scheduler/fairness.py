@@ -128,6 +128,16 @@ class FairShare:
         progress = flight.work / sum(tenant.weight for tenant in self._active.values())
         self._virtual = max(self._virtual + progress, min(self._highest, lowest))
 
+    def catch_up(self, tag: float) -> None:
+        """An instance has begun a request with this tag: above all of ours, it came by another front-end.
+
+        Who shares instances counts the same time, or the requests of the younger one would always go first.
+        """
+        if tag > self._highest:
+            self._highest = tag
+            lowest = min((other.holds for other in self._waiting.values()), default=tag)
+            self._virtual = max(self._virtual, min(tag, lowest))
+
     def leave(self, request_id: str, made: int) -> None:
         """A request has ended after ``made`` tokens, in whatever way. Unknown ids do nothing.
 

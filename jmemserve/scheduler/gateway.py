@@ -20,7 +20,7 @@ from jmemserve.config import Role
 from jmemserve.errors import DuplicateRequest, Overloaded, Unavailable
 from jmemserve.scheduler.admission import Limits, in_line
 from jmemserve.scheduler.fairness import FairShare, order, tenant_of
-from jmemserve.scheduler.messages import Abort, Move, Share, Submit
+from jmemserve.scheduler.messages import Abort, Beat, Move, Share, Submit, attempt_id
 from jmemserve.scheduler.router import InstanceState, Route, Router
 from jmemserve.types import ClusterReport, Event, FinishReason, MemberReport, Request, Timings, Usage
 
@@ -71,8 +71,8 @@ class Counts:
 class Gateway:
     """Requests among the router's instances. Messages for instances gather in ``outbox``; methods return events."""
 
-    def __init__(self, router: Router, limits: Limits):
-        self.router = router
+    def __init__(self, router: Router, limits: Limits, frontend: str = ""):
+        self.router, self.frontend = router, frontend
         self.outbox: list[tuple[str, Submit | Abort | Move | Share]] = []
         self.counts = Counts()
         self._limits = limits
@@ -107,7 +107,7 @@ class Gateway:
         if not accepted:
             self._limits.check_queue(self._shares.waiting, self._shares.waiting_of(tenant_of(request)))
         number = next(self._numbers)
-        inner = f"r{number}.1"
+        inner = attempt_id(self.frontend, number, 1)
         ticket = _Ticket(request.id, dataclasses.replace(request, id=inner), number, parked=now)
         route = self._choose(ticket, patient, now)
         rank = self._shares.enter(request, route.predicted_cached_tokens if route is not None else 0)
@@ -156,11 +156,14 @@ class Gateway:
             while (following := self._next(ticket)) is not None:
                 out.append(self._deliver(ticket, *following, now))
         self.outbox += [(instance, Abort(request_id, FinishReason.ABORT)) for request_id in unwanted]
-        if late or doubled:
-            self.counts = dataclasses.replace(
-                self.counts, late=self.counts.late + late, doubled=self.counts.doubled + doubled
-            )
+        counts = self.counts
+        self.counts = dataclasses.replace(counts, late=counts.late + late, doubled=counts.doubled + doubled)
         return out
+
+    def heard(self, instance: str, beat: Beat) -> None:
+        """What other front-ends have at an instance, and how far their service has come there."""
+        self.router.set_others(instance, beat.others)
+        self._shares.catch_up(beat.rank)
 
     def shared(self, source: str, attempt: str) -> None:
         """A peer has sent what it could: the request can start. Whatever is over by now is nobody's."""
@@ -290,7 +293,7 @@ class Gateway:
         self.router.on_finished(old, ticket.known, now)
         del self._tickets[old]
         ticket.attempt += 1
-        inner = f"r{ticket.number}.{ticket.attempt}"
+        inner = attempt_id(self.frontend, ticket.number, ticket.attempt)
         ticket.request = dataclasses.replace(ticket.request, id=inner)
         ticket.early.clear()
         ticket.homes, ticket.parked, ticket.asked, ticket.source = (), now, 0.0, None

@@ -9,12 +9,12 @@ the reason, and not at the first request. Pure: ``now`` is an argument (monotoni
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from jmemserve.config import Role
 from jmemserve.errors import NameTaken, Unavailable
 from jmemserve.scheduler.cost_model import Profile
-from jmemserve.scheduler.messages import Beat, Member, MemberState, Probe, Probed, Ready, Roster
+from jmemserve.scheduler.messages import Beat, ChangeRole, Member, MemberState, Probe, Probed, Ready, Roster
 from jmemserve.types import InstanceLoad, MemberReport
 
 SILENCE_S = 10.0  # without a Beat an instance is dead
@@ -71,7 +71,8 @@ class Membership:
         self._silence_s, self._stall_s = silence_s, stall_s
         self.records: dict[str, Record] = {}
         self.gone: list[Record] = []  # former lives, oldest first
-        self.outbox: list[tuple[str, Probe | Roster]] = []
+        self.outbox: list[tuple[str, Probe | Roster | ChangeRole]] = []
+        self.watchers: Collection[str] = ()  # other front-ends, which get the roster too
         self.version = 0
         self._asked: tuple[str, str] | None = None  # the probe under way
         self.serving = False  # nothing is cached anywhere before: probes may take what room they want
@@ -158,6 +159,11 @@ class Membership:
         record.facts |= dict(message.facts)
         record.address, record.max_model_len = message.address, message.max_model_len
         record.profile = message.profile
+        return self._introduce(record, now)
+
+    def _introduce(self, record: Record, now: float) -> list[Change]:
+        """Blocks move between a newcomer and all others before it is ready."""
+        name = record.name
         others = [other.name for other in self.records.values() if other.state in _LINKED]
         record.probes = {pair for other in others for pair in ((name, other), (other, name))}
         return [self._enter(record, MemberState.JOINING, now), *self._settle(record, now)]
@@ -190,6 +196,10 @@ class Membership:
         record.role = role
         self._tell()
         return [Change(name, record.state)]
+
+    def change_role(self, name: str, role: Role) -> None:
+        """The instance shall prefer something else; its Beats say when it does."""
+        self.outbox.append((name, ChangeRole(role)))
 
     def drain(self, name: str, now: float) -> list[Change]:
         """The instance shall get nothing new; one that is not ready yet leaves at once."""
@@ -271,4 +281,5 @@ class Membership:
         """Everybody who has links gets the new roster."""
         self.version += 1
         roster = self.roster()
-        self.outbox += [(record.name, roster) for record in self.records.values() if record.state in _LINKED]
+        linked = (record.name for record in self.records.values() if record.state in _LINKED)
+        self.outbox += [(name, roster) for name in (*linked, *self.watchers)]

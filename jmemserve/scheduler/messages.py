@@ -105,12 +105,16 @@ class ResetCache:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AskPool:
-    """Report on the pool, with ``PoolNews``."""
+    """Report on the pool, with ``PoolNews``, to the front-end of this name."""
+
+    frontend: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AskCache:
-    """Send all that is cached, with ``CacheSnapshot``."""
+    """Send all that is cached, with ``CacheSnapshot``, to the front-end of this name."""
+
+    frontend: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -160,6 +164,8 @@ class Beat:
 
     load: InstanceLoad
     stalled_s: float = 0.0  # since the instance's thread last came round
+    others: int = 0  # requests there of other front-ends than the one that is told
+    rank: float = 0.0  # the highest of a request that has begun there, whosever it is
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -207,6 +213,19 @@ class Left:
 
 ToInstance = Submit | Abort | Move | Share | Probe | Roster | ChangeRole | ResetCache | AskPool | AskCache | Leave
 FromInstance = News | Shared | CacheNews | CacheSnapshot | CostNews | Beat | Ready | Probed | PoolNews | Leaving | Left
+
+
+def attempt_id(frontend: str, request: int, attempt: int) -> str:
+    """What an instance knows an attempt at a request by. Those of two front-ends are never the same.
+
+    ``frontend``: its name, which holds for one life of it; empty for the only one of a process.
+    """
+    return f"{frontend}/r{request}.{attempt}" if frontend else f"r{request}.{attempt}"
+
+
+def frontend_of(attempt: str) -> str:
+    """The front-end that waits for the answer."""
+    return attempt.rpartition("/")[0]
 
 
 def shifted[M](message: M, by: float) -> M:

@@ -16,7 +16,7 @@ Policy = Callable[[Asked, View], Route]
 
 def work(load: Load) -> float:
     """The work before a newcomer, in tokens."""
-    return load.pending + RUNNING_TOKENS * load.running
+    return load.pending + RUNNING_TOKENS * load.busy
 
 
 def round_robin(asked: Asked, view: View) -> Route:

@@ -140,6 +140,11 @@ class Router:
             found.costs, found.pace = self._kinds.place(profile)
             found.measured = True
 
+    def set_others(self, instance: str, requests: int) -> None:
+        """So many requests of other front-ends are at an instance."""
+        if instance in self._instances:
+            self._instances[instance].load.others = requests
+
     def others(self, instance: str) -> bool:
         """Whether another instance is ready."""
         return any(i.state is InstanceState.READY and i.name != instance for i in self._instances.values())

@@ -23,12 +23,18 @@ NOTHING = Holding(0, 0)
 
 @dataclasses.dataclass(slots=True)
 class Load:
-    """What an instance has to do, of all that was routed to it in its present life."""
+    """What an instance has to do, of all that was routed to it in its present life, and for other front-ends."""
 
     pending: int = 0  # tokens to be computed before a first token
     pending_s: float = 0.0  # the time that this is predicted to take
     running: int = 0  # requests
     context: int = 0  # tokens of the requests that decode there
+    others: int = 0  # requests of other front-ends, as it said last
+
+    @property
+    def busy(self) -> int:
+        """Requests of all front-ends."""
+        return self.running + self.others
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -8,20 +8,22 @@ listen (LOADING) -> load -> SERVING -> signal -> DRAINING -> streams end -> exit
 
 import asyncio
 import os
+import secrets
 import sys
 import traceback
 
 from jmemserve.devices import arrange_cpu_devices
-from jmemserve.engine.build import model_folder, read_model_config
+from jmemserve.engine.build import model_facts, model_folder, read_model_config
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.report import Report
+from jmemserve.scheduler.following import Following
 from jmemserve.server.flags import Processes, ProcessRole, ServeConfig
 from jmemserve.server.frontend import Frontend
 from jmemserve.server.grpc_server import GrpcServer
 from jmemserve.server.model import load_model
-from jmemserve.server.net.joining import Joining
+from jmemserve.server.net.attending import Attending
+from jmemserve.server.net.joining import doors
 from jmemserve.server.net.secret import load_secret, make_secret
-from jmemserve.server.net.streams import handler
 from jmemserve.server.signals import catch_signals, first_of, on_daemon_thread
 from jmemserve.server.supervisor import Supervisor
 from jmemserve.server.text import Text, eos_ids, load_text
@@ -38,11 +40,13 @@ async def run(config: ServeConfig, report: Report) -> int:
     if alone:
         arrange_cpu_devices(config.cluster.num_devices)
     frontend = Frontend(config.cluster)
-    cluster = Cluster(config.cluster, report, frontend.on_events)
+    following = Following(config.join, config.cluster.engine.heartbeat_timeout_s) if config.join is not None else None
+    cluster = Cluster(config.cluster, report, frontend.on_events, "" if alone else secrets.token_hex(4), following)
     cluster.on_failure = frontend.on_failure
     supervised = config.processes is Processes.PER_INSTANCE
     secret = b"" if alone else make_secret() if supervised else load_secret(config.secret_file)
-    server = GrpcServer(frontend, () if alone else (handler("Join", Joining(cluster, secret).serve),))
+    facts = () if alone else model_facts(config.cluster.engine, read_model_config(config.cluster.engine))
+    server = GrpcServer(frontend, () if alone else doors(cluster, following, secret, facts))
     stop = catch_signals()
     port = await server.start(config.host, config.port)
     address = _address(config.host, port)
@@ -52,6 +56,7 @@ async def run(config: ServeConfig, report: Report) -> int:
     if not config.is_loopback:
         report.line(f"warning: other machines can reach {config.host}, and there is no TLS and no login")
     supervisor: Supervisor | None = None
+    attending: asyncio.Future[None] | None = None
     try:
         model_text = _load_text(config)
         if alone:
@@ -61,9 +66,11 @@ async def run(config: ServeConfig, report: Report) -> int:
             if supervised:
                 supervisor = Supervisor(config, report, _address(_callable(config.host), port), secret)
                 supervisor.start()
-            elif config.role is ProcessRole.FRONTEND:
+            elif following is not None:
+                attending = asyncio.ensure_future(Attending(cluster, following, facts, secret, report).run())
+            else:
                 report.line(_how_to_join(config, port))
-            if not await _await_instances(config, cluster, stop, supervisor):
+            if not await _await_instances(config, cluster, stop, supervisor, attending):
                 return _end_before_serving(supervisor)
             cluster.open()
         _open(config, report, frontend, cluster, model_text)
@@ -76,6 +83,8 @@ async def run(config: ServeConfig, report: Report) -> int:
             await _drain(config, report, frontend, server, stop)
         await server.publish()
     finally:
+        if attending is not None:
+            attending.cancel()
         if supervisor is not None:
             await asyncio.to_thread(cluster.stop)
             await supervisor.stop()
@@ -106,14 +115,23 @@ async def _start_here(cluster: Cluster, stop: asyncio.Event) -> None:
 
 
 async def _await_instances(
-    config: ServeConfig, cluster: Cluster, stop: asyncio.Event, supervisor: Supervisor | None
+    config: ServeConfig,
+    cluster: Cluster,
+    stop: asyncio.Event,
+    supervisor: Supervisor | None,
+    attending: asyncio.Future[None] | None,
 ) -> bool:
-    """Wait for all supervised instances, or for the first one that joins. False if that will not be."""
+    """Wait for all supervised instances, or for the first one that joins or is attended. False if that will not be.
+
+    Raises ConfigError if the primary front-end does not take this one.
+    """
     wanted = len(config.cluster.instances) if supervisor is not None else 1
     gave_up = supervisor.gave_up if supervisor is not None else asyncio.Event()
     while not stop.is_set() and not gave_up.is_set():
         if await asyncio.to_thread(cluster.wait_ready, wanted, 0.3):
             return True
+        if attending is not None and attending.done():
+            attending.result()
     return False
 
 

@@ -49,7 +49,7 @@ class Processes(enum.Enum):
 class ProcessRole(enum.Enum):
     """What this process is, if not a whole server."""
 
-    FRONTEND = "frontend"  # requests, and instances that join
+    FRONTEND = "frontend"  # requests, and instances that join it, or the front-end that it joins
     PREFILL = "prefill"  # the others: one instance, which joins a front-end
     DECODE = "decode"
     COLOCATED = "colocated"
@@ -67,7 +67,7 @@ class ServeConfig:
     shutdown_timeout_s: float
     processes: Processes = Processes.ONE
     role: ProcessRole | None = None  # None: a whole server
-    join: str | None = None  # the front-end's address, for an instance
+    join: str | None = None  # the front-end's address, for an instance or a second front-end
     instance: InstanceSpec | None = None  # of an instance; without a name the front-end gives it one
     listen: str = "127.0.0.1:0"  # where an instance's peers reach it
     advertise: str | None = None  # what they dial instead
@@ -162,7 +162,7 @@ _SERVER = (
     _Flag("mesh", str, None, "instances joined by '+', each [COUNTx]ROLE[:model=SIZE] (default: prefill+decode)"),
     _Flag("processes", Processes, Processes.ONE, "all instances in this process, or each in its own"),
     _Flag("role", ProcessRole, None, "be only a front-end, or only one instance that joins one; default: all"),
-    _Flag("join", str, None, "HOST:PORT of the front-end, for --role prefill, decode or colocated"),
+    _Flag("join", str, None, "HOST:PORT of the front-end; of the primary one, for a second --role frontend"),
     _Flag("name", str, None, "name of this instance in the cluster; default: the front-end gives it one"),
     _Flag("listen", str, "127.0.0.1:0", "HOST:PORT where other instances reach this one; port 0: any free one"),
     _Flag("advertise", str, None, "HOST:PORT that other instances dial instead of --listen"),
@@ -292,7 +292,7 @@ def _make_config(settings: Mapping[str, Any]) -> ServeConfig:
     instance, mesh = None, server["mesh"] or "prefill+decode"
     if role in (None, ProcessRole.FRONTEND):
         for flag in ("join", "name", "coordinator", "num_processes", "process_id"):
-            if server[flag] is not None:
+            if server[flag] is not None and (flag, role) != ("join", ProcessRole.FRONTEND):
                 option = _FLAGS[flag].option
                 raise ConfigError(f"{option} is for one instance: give --role prefill, decode or colocated too")
         if role is ProcessRole.FRONTEND and (server["mesh"] is not None or processes is not Processes.ONE):

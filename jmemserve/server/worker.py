@@ -2,7 +2,7 @@
 
 apply ──▶ welcome(name, epoch) ──▶ load ──▶ ready ──▶ serve ──▶ SIGTERM: drained, left, exit 0
   ▲            └── refused: the reason, exit 2         │
-  └──────── a new life, the cache kept ◀── stream lost ┘
+  └── the same life, or a new one; the cache is kept ◀─┘ stream lost
 """
 
 import asyncio
@@ -35,17 +35,17 @@ from jmemserve.errors import ConfigError, JmemserveError, TransferError, Unavail
 from jmemserve.kvpool.transports.local import LocalExchange
 from jmemserve.scheduler.messages import Beat, FromInstance, Leaving, Left, MemberState, Roster, shifted
 from jmemserve.server.flags import ServeConfig
+from jmemserve.server.net.attendance import BEAT_S, Attendance
 from jmemserve.server.net.links import GrpcLinks
 from jmemserve.server.net.secret import load_secret
-from jmemserve.server.net.streams import OPTIONS, Stream, dial, prove_as_client
+from jmemserve.server.net.streams import OPTIONS, Stream, dial, handler, prove_as_client
 from jmemserve.server.net.ways import ways_to_others
 from jmemserve.server.net.words import FROM_INSTANCE, HANDSHAKE, TO_INSTANCE, Apply, Refused, Welcome
 from jmemserve.server.signals import catch_signals, first_of, on_daemon_thread
 from jmemserve.types import InstanceLoad
 
-BEAT_S = 0.5
-RETRY_S = 1.0  # between two tries to reach the front-end; doubled up to
-MAX_RETRY_S = 15.0
+RETRY_S = 0.5  # between two tries to reach the front-end; doubled up to
+MAX_RETRY_S = 2.0
 FIRST_TRY_S = 60.0  # for the front-end to be reachable at all
 LAST_WORDS_S = 0.2  # for messages that are queued
 QUIET_S = 60.0  # what is being written when a life ends gets so long to be over
@@ -116,7 +116,9 @@ class Worker:
         self._ended = asyncio.Event()
         self._name, self._epoch = config.instance.name, 0
         self._counter: CompileCounter | None = None
-        self._member = False
+        self._frontend = ""  # of this life of the front-end
+        self._member = self._goes_on = False  # in the same life as under the front-end before
+        self._attendance = Attendance(self._secret, lambda: (self._apply(), self._host))
 
     async def run(self) -> int:
         config = read_model_config(self._engine)
@@ -176,6 +178,8 @@ class Worker:
                 await asyncio.gather(serving, return_exceptions=True)
         finally:
             self._stream = None
+            if self._host is not None:
+                self._host.instance.post(self._host.instance.frontends.leave_home)
             if beating is not None:
                 beating.cancel()
             call.cancel()
@@ -184,14 +188,20 @@ class Worker:
 
     async def _join(self, stream: Stream) -> None:
         await prove_as_client(stream, self._secret)
-        place = f"{os.uname().nodename}:{os.getpid()}"
-        await stream.say(HANDSHAKE.encode(Apply(self._name, self._epoch, self._spec.role, self._facts, place)))
+        await stream.say(HANDSHAKE.encode(self._apply()))
         answer = HANDSHAKE.decode(await stream.read())
         if isinstance(answer, Refused):
             raise RefusedError(answer.reason) if answer.final else Unavailable(answer.reason)
         if not isinstance(answer, Welcome):
             raise TransferError("the front-end did not answer")
-        self._name, self._epoch, self._member = answer.name, answer.epoch, False
+        self._goes_on = self._host is not None and answer.epoch == self._host.instance.pool.epoch
+        self._name, self._epoch, self._frontend, self._member = answer.name, answer.epoch, answer.frontend, False
+
+    def _apply(self) -> Apply:
+        """What this is, for a front-end."""
+        place = f"{os.uname().nodename}:{os.getpid()}"
+        role = self._spec.role if self._host is None else self._host.instance.role
+        return Apply(self._name, self._epoch, role, self._facts, place)
 
     async def _get_ready(self, serving: asyncio.Task[None]) -> None:
         """Load, or begin a new life with what is loaded; then tell."""
@@ -201,8 +211,10 @@ class Worker:
         if not loading.done():  # the front-end is gone; what is being loaded is of use later
             await asyncio.wait((loading,))
         loading.result()
-        assert self._host is not None
-        self._say(self._host.ready())
+        host = self._host
+        assert host is not None
+        host.instance.post(functools.partial(host.instance.frontends.lead, self._frontend))
+        self._say(host.ready())
 
     def _load(self) -> None:
         engine, report = self._engine, self._report
@@ -237,13 +249,17 @@ class Worker:
         self._loop.call_soon_threadsafe(self._stop.set)
 
     def _make_links(self, side: Side) -> GrpcLinks:
-        links = GrpcLinks(side, self._secret, self._loop)
+        links = GrpcLinks(side, self._secret, self._loop, (handler("Attend", self._attendance.serve),))
         links.listen(self._config.listen, self._config.advertise)
         return links
 
     def _begin_life(self) -> None:
+        """What is loaded serves under a front-end that is new to it, in another life if this one was held for over."""
         host = self._host
         assert host is not None
+        if self._goes_on:
+            host.neighbours.await_roster()
+            return
         host.neighbours.reset()
         limit = time.monotonic() + QUIET_S
         while True:
@@ -254,6 +270,8 @@ class Worker:
                 if time.monotonic() > limit:
                     raise
                 time.sleep(0.1)
+            finally:  # after it: who attends from now on, attends the new life
+                self._loop.call_soon_threadsafe(self._attendance.end)
 
     async def _serve(self, stream: Stream) -> None:
         """Hand on what the front-end says, until the stream ends."""
@@ -283,8 +301,8 @@ class Worker:
             host = self._host
             if host is None:
                 self._say(Beat(_no_load(self._name, self._spec)))
-            elif host.instance.alive:
-                self._say(Beat(host.instance.load(), host.instance.stalled_s))
+            elif (beat := host.beat(self._frontend)) is not None:
+                self._say(beat)
             await asyncio.sleep(BEAT_S)
 
     def _say(self, message: FromInstance) -> None:

@@ -72,7 +72,8 @@ def test_a_missed_event_is_noticed_and_mended(model):
         ask(driver, "one", [*range(30)])
         settle(driver, [*range(30)])
         for instance in driver.instances.values():  # the next events are lost
-            instance.call(lambda instance=instance: setattr(instance._teller, "_told", instance._teller._told + 1))
+            teller = instance.frontends._tellers[""]
+            instance.call(lambda teller=teller: setattr(teller, "_told", teller._told + 1))
         for number in range(4):
             ask(driver, f"more{number}", [number, *range(40, 70)])
         settle(driver, [0, *range(40, 70)])

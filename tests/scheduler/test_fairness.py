@@ -237,3 +237,17 @@ def test_tenants_are_forgotten() -> None:
         shares.leave(f"r{number}", 1)
         assert shares.num_tenants <= MAX_IDLE + 1
     assert shares.waiting == 1
+
+
+def test_front_ends_that_share_instances_count_the_same_time():
+    old, new = FairShare(), FairShare()
+    for number in range(50):
+        rank = old.enter(request(number))
+        old.begin(f"r{number}")
+    assert new.enter(request(0)) < rank, "it has just begun to count"
+    new.begin("r0")
+    new.catch_up(rank)
+    assert new.enter(request(1, tenant="b")) >= rank
+    newest = old.enter(request(50, tenant="b"))
+    old.catch_up(rank)  # its own: nothing new
+    assert old.enter(request(51, tenant="c")) <= newest

@@ -122,6 +122,17 @@ def test_round_robin_takes_turns():
     assert [route.prefill for route in routes] == ["prefill0", "prefill1"] * 2
 
 
+@pytest.mark.parametrize("policy", ["least_load", "cost"])
+def test_what_other_front_ends_have_at_an_instance_counts(policy):
+    router = Router([("colocated0", Role.COLOCATED), ("colocated1", Role.COLOCATED)], C, policy=policy)
+    router.set_others("colocated0", 3)
+    router.set_others("nobody", 3)
+    assert {serve(router, f"r{n}", [n, *range(20)]).prefill for n in range(2)} == {"colocated1"}
+    router.set_others("colocated0", 0)
+    assert serve(router, "r", [5, *range(20)]).prefill == "colocated0"
+    router.check()
+
+
 def test_least_load_ignores_the_cache():
     router = learner(PD, policy="least_load")
     serve(router, "a", [*range(100)])

@@ -31,7 +31,14 @@ class StartedCluster(FakeCluster):
     made: list["StartedCluster"] = []
     start_error: BaseException | None = None
 
-    def __init__(self, spec: ClusterSpec, report: Report, on_events: Callable[[list[Event]], None]):
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        report: Report,
+        on_events: Callable[[list[Event]], None],
+        name: str = "",
+        membership: object = None,
+    ):
         super().__init__(on_events, count_up)
         self.on_failure: Callable[[BaseException], None] = lambda failure: None
         self.vocab_size = VOCAB

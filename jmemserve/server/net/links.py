@@ -9,10 +9,11 @@ messages                  ◀──▶ the transfer protocol's
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from jmemserve.engine.links import Side
@@ -36,9 +37,16 @@ CONNECT_S = 10.0
 class GrpcLinks:
     """``engine.links.Links`` over gRPC. All public methods are for any thread but the loop's."""
 
-    def __init__(self, side: Side, secret: bytes, loop: asyncio.AbstractEventLoop):
+    def __init__(
+        self,
+        side: Side,
+        secret: bytes,
+        loop: asyncio.AbstractEventLoop,
+        more: Sequence[grpc.GenericRpcHandler] = (),
+    ):
+        """``more``: handlers on the same port that are not for peers."""
         self.address = ""
-        self._side, self._secret, self._loop = side, secret, loop
+        self._side, self._secret, self._loop, self._more = side, secret, loop, tuple(more)
         self._streams: dict[str, Stream] = {}
         self._lock = threading.Lock()
         self._server: grpc.aio.Server | None = None
@@ -55,7 +63,7 @@ class GrpcLinks:
 
     async def _listen(self, address: str) -> int:
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        server.add_generic_rpc_handlers((handler("Link", self._serve),))
+        server.add_generic_rpc_handlers((handler("Link", self._serve), *self._more))
         try:
             port = server.add_insecure_port(address)
         except RuntimeError as error:

@@ -43,10 +43,26 @@ class Apply:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Welcome:
-    """It is one, under this name and in this epoch."""
+    """It is one, under this name and in this epoch, of a front-end with this name, which holds for one life of it."""
 
     name: str
     epoch: int
+    frontend: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attend:
+    """A second front-end wants to send requests to the instance, which answers by applying to it."""
+
+    frontend: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Follow:
+    """A second front-end wants to hear who is there; the answer is Welcome, without a name, or Refused."""
+
+    frontend: str
+    facts: tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +73,9 @@ class Refused:
     final: bool  # another try is of no use
 
 
-HANDSHAKE = Codec(dict(enumerate((Knock, Challenge, Proof, Apply, Welcome, Refused))), max_bytes=1 << 16)
+HANDSHAKE = Codec(
+    dict(enumerate((Knock, Challenge, Proof, Apply, Welcome, Refused, Attend, Follow))), max_bytes=1 << 16
+)
 TO_INSTANCE = Codec(
     dict(
         enumerate(
