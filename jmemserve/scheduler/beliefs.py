@@ -8,11 +8,11 @@ A wrong belief costs time, never correctness: every instance matches the prompt 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jmemserve.config import Caching, Role
 from jmemserve.kvpool.events import Removed, Snapshot, Stored
-from jmemserve.kvpool.runs import pack
+from jmemserve.kvpool.runs import pack, shared_blocks
 from jmemserve.scheduler.prompt_tree import Holding, PromptTree
 from jmemserve.scheduler.tree_feeds import EventFeed, TtlFeed
 
@@ -77,23 +77,37 @@ class Beliefs:
         """The whole blocks of a prompt, as the trees want them. This is a good part of a decision's time."""
         return pack(tokens, len(tokens) // self._block_size * self._block_size)
 
-    def held(self, raw: bytes, tokens: int, salt: str, now: float) -> dict[str, Holding]:
-        """What each instance holds of a packed prompt of so many tokens, or will have computed before its turn."""
+    def held(
+        self, raw: bytes, tokens: int, salt: str, now: float
+    ) -> tuple[Mapping[str, Holding], Mapping[str, Holding]]:
+        """What each instance holds of a packed prompt of so many tokens now, and when it is a newcomer's turn there.
+
+        What is still to be computed is no reason to ask for it: only the first could be sent to others.
+        """
         blocks = (tokens - 1) // self._block_size
         if blocks <= 0:
-            return {}
+            return {}, {}
         self._expire(now)
         held = self.tree.match(raw, salt, blocks)
-        if self.caching is not Caching.NONE:
-            for name, coming in self._promised.match(raw, salt, blocks).items():
-                if name not in held or held[name].blocks < coming.blocks:
-                    held[name] = Holding(coming.blocks, held[name].dram if name in held else 0)
-        return held
+        coming = {} if self.caching is Caching.NONE else self._promised.match(raw, salt, blocks)
+        more = {name: found for name, found in coming.items() if name not in held or held[name].blocks < found.blocks}
+        if not more:
+            return held, held
+        later = dict(held)
+        for name, found in more.items():
+            later[name] = Holding(found.blocks, held[name].dram if name in held else 0)
+        return held, later
 
     def promise(self, instance: str, raw: bytes, salt: str, now: float) -> None:
         """The instance is going to compute this packed prompt."""
         if self.caching is not Caching.NONE and raw:
             self._beliefs[instance].promised.learn(raw, salt, now)
+
+    def withdraw(self, instance: str, raw: bytes, salt: str, others: Iterable[bytes]) -> None:
+        """The instance will not compute this packed prompt after all, but ``others``, which may begin like it."""
+        step = self._promised.step
+        kept = max((shared_blocks(raw, 0, len(raw), other, 0, step) for other in others), default=0)
+        self._beliefs[instance].promised.unlearn(raw, salt, kept)
 
     def learn(self, instance: str, role: Role, tokens: Sequence[int], salt: str, now: float) -> None:
         """A response shows that the instance has computed these tokens (where nothing better tells what it holds)."""
@@ -124,7 +138,7 @@ class Beliefs:
             belief.stale, belief.wrong = False, 0
 
     def compare(self, instance: str, predicted: int, cached: int, prompt: int) -> None:
-        """Count a prediction against the truth."""
+        """Count a prediction, which was that this instance had, or could send, so many tokens, against the truth."""
         totals, belief = self.predictions, self._beliefs.get(instance)
         totals.requests += 1
         totals.prompt_tokens += prompt
@@ -133,14 +147,22 @@ class Beliefs:
         totals.over_tokens += max(0, predicted - cached)
         totals.under_tokens += max(0, cached - predicted)
         if belief is not None:
-            belief.wrong = belief.wrong + 1 if predicted - cached > WRONG_TOKENS * prompt else 0
+            over = predicted - cached if self._ttl_s is not None else abs(predicted - cached)
+            belief.wrong = belief.wrong + 1 if over > WRONG_TOKENS * prompt else 0
 
     def wanted(self, now: float) -> list[str]:
-        """Instances whose trees are wrong: each is to be asked for a snapshot."""
-        if self._ttl_s is not None:
-            return []
+        """Instances whose trees are wrong: each is to be asked for a snapshot.
+
+        What was learnt from responses is forgotten instead; that too little was expected is the price of the TTL.
+        """
         doubtful = [(n, b) for n, b in self._beliefs.items() if b.stale or b.wrong >= WRONG_IN_A_ROW]
-        return [name for name, belief in doubtful if self._may_ask(belief, now)]
+        due = [name for name, belief in doubtful if self._may_ask(belief, now)]
+        if self._ttl_s is None:
+            return due
+        for name in due:
+            self._beliefs[name].feed.close()
+            self._beliefs[name].feed = self._learner(name)
+        return []
 
     def forget(self) -> None:
         """Every instance has dropped its cache. (Pools tell it too.)"""

@@ -35,8 +35,8 @@ class Ways:
         self._asked, self._view = asked, view
         self._known: dict[tuple[int, int, int], Way] = {}
         self.best, self.most = None, 0  # who could send most, and how many blocks
-        for name, holding in view.held.items():
-            if holding.blocks > self.most and name not in view.kept_back:
+        for name, holding in view.sources.items():
+            if holding.blocks > self.most:
                 self.best, self.most = name, holding.blocks
 
     def at(self, candidate: Candidate) -> Way:
@@ -47,11 +47,18 @@ class Ways:
             way = self._known[key] = self._cheapest(candidate, *holding)
         return way
 
+    def own(self, candidate: Candidate) -> Way:
+        """With all that the instance holds itself, and nothing else."""
+        costs, size, tokens = candidate.costs, self._view.block_size, self._asked.tokens
+        blocks, dram = self._view.held.get(candidate.name, NOTHING)
+        swap_s = costs.swap_in_s(dram)
+        return Way(swap_s + costs.prefill_s(tokens, blocks * size), blocks * size, swap_s)
+
     def _cheapest(self, candidate: Candidate, blocks: int, dram: int) -> Way:
         """In HBM: nothing; in DRAM: swap in or compute again; at a peer: pull; else compute."""
         costs, size, tokens = candidate.costs, self._view.block_size, self._asked.tokens
         swap_s = costs.swap_in_s(dram)
-        ways = [Way(swap_s + costs.prefill_s(tokens, blocks * size), blocks * size, swap_s)]
+        ways = [self.own(candidate)]
         if dram:
             fewer = (blocks - dram) * size
             ways.append(Way(costs.prefill_s(tokens, fewer), fewer))
@@ -75,8 +82,14 @@ def cost(asked: Asked, view: View) -> Route:
     assert chosen is not None, f"nobody to choose from: {view}"
     prefill, decode = chosen
     way = ways.at(prefill)
-    ttft = _wait_s(prefill, way) + prefill.pace * (way.seconds - way.fetch_s) if prefill.measured else 0.0
-    return Route(prefill.name, decode.name, way.cached, way.source, way.source_blocks, ttft)
+    return Route(prefill.name, decode.name, way.cached, way.source, way.source_blocks, first_token_s(prefill, way))
+
+
+def first_token_s(candidate: Candidate, way: Way) -> float:
+    """How long the first token will take there; 0: the instance's costs are not known."""
+    if not candidate.measured:
+        return 0.0
+    return _wait_s(candidate, way) + candidate.pace * (way.seconds - way.fetch_s)
 
 
 def decode_there(asked: Asked, candidate: Candidate, lacking_blocks: int) -> float:

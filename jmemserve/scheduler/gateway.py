@@ -281,6 +281,7 @@ class Gateway:
         ticket.asked = now
         if ticket.source is not None:
             self._start(ticket)  # who is to let it go must have heard of it
+        self.router.moved(ticket.request.id, target)
         self.outbox += [(home, Move(ticket.request.id, target)) for home in dict.fromkeys(ticket.homes)]
         if target != ticket.homes[-1]:
             ticket.homes = (*ticket.homes, target)

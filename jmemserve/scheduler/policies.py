@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from jmemserve.scheduler.cost_routing import cost
+from jmemserve.scheduler.cost_routing import Ways, cost, first_token_s
 from jmemserve.scheduler.view import Asked, Candidate, Load, Route, View
 
 # What a running sequence costs a newcomer, in tokens of work: it takes its share of every step to come.
@@ -23,13 +23,13 @@ def round_robin(asked: Asked, view: View) -> Route:
     """One after the other."""
     prefill = view.prefill[view.turn % len(view.prefill)]
     decode = prefill if prefill.role.decodes else view.decode[view.turn % len(view.decode)]
-    return _route(view, prefill, decode)
+    return _route(asked, view, prefill, decode)
 
 
 def least_load(asked: Asked, view: View) -> Route:
     """The least work waiting, whatever is cached; ties go to the first."""
     prefill = _least(view.prefill)
-    return _route(view, prefill, prefill if prefill.role.decodes else _least(view.decode))
+    return _route(asked, view, prefill, prefill if prefill.role.decodes else _least(view.decode))
 
 
 def session(asked: Asked, view: View) -> Route:
@@ -38,7 +38,7 @@ def session(asked: Asked, view: View) -> Route:
     home = [there.get(name) for name in asked.home or ()]
     if len(home) < 2 or home[0] is None or home[1] is None:
         return least_load(asked, view)
-    return _route(view, home[0], home[1])
+    return _route(asked, view, home[0], home[1])
 
 
 def longest_prefix(asked: Asked, view: View) -> Route:
@@ -47,7 +47,7 @@ def longest_prefix(asked: Asked, view: View) -> Route:
     Affinity ends where it would make a hot spot: an instance far above the least busy one is not asked.
     """
     prefill = _longest(view, view.prefill)
-    return _route(view, prefill, prefill if prefill.role.decodes else _longest(view, view.decode))
+    return _route(asked, view, prefill, prefill if prefill.role.decodes else _longest(view, view.decode))
 
 
 def _longest(view: View, candidates: Sequence[Candidate]) -> Candidate:
@@ -61,8 +61,13 @@ def _least(candidates: Sequence[Candidate]) -> Candidate:
     return min(candidates, key=lambda candidate: work(candidate.load))
 
 
-def _route(view: View, prefill: Candidate, decode: Candidate) -> Route:
-    return Route(prefill.name, decode.name, view.cached(prefill))
+def _route(asked: Asked, view: View, prefill: Candidate, decode: Candidate) -> Route:
+    return Route(
+        prefill.name,
+        decode.name,
+        view.cached(prefill),
+        predicted_ttft_s=first_token_s(prefill, Ways(asked, view).own(prefill)),
+    )
 
 
 POLICIES: dict[str, Policy] = {

@@ -7,7 +7,7 @@ give equal routes.
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jmemserve.config import Bypass, Caching, EngineConfig, PromptTrees, Role
 from jmemserve.errors import ConfigError, Unavailable
@@ -16,6 +16,7 @@ from jmemserve.scheduler.cost_model import CostModel, Profile
 from jmemserve.scheduler.cost_routing import best_decoder
 from jmemserve.scheduler.kinds import Kinds
 from jmemserve.scheduler.policies import POLICIES
+from jmemserve.scheduler.prompt_tree import Holding
 from jmemserve.scheduler.sessions import Sessions
 from jmemserve.scheduler.view import UNKNOWN, Asked, Candidate, Load, Route, View
 
@@ -41,6 +42,7 @@ class _Flight:
     """A request on its way. The loads are those of the lives it was routed to: a new life starts with a new one."""
 
     tokens: tuple[int, ...]
+    raw: bytes  # the same, packed
     salt: str
     route: Route
     prefill: _Instance
@@ -50,6 +52,8 @@ class _Flight:
     pending: int
     pending_s: float
     started: bool = False
+    session: str = ""
+    before: tuple[str, str] | None = None  # where its session was before
 
 
 class Router:
@@ -116,6 +120,7 @@ class Router:
         if instance in self._instances:
             self.set_state(instance, InstanceState.DEAD)
             del self._instances[instance]
+            self._kinds.leave(instance)
 
     def set_role(self, instance: str, role: Role) -> None:
         """The instance prefers something else; what it holds stays known."""
@@ -137,7 +142,7 @@ class Router:
         """What work costs at an instance, as it measured it. Raises ConfigError for one that says nothing."""
         found = self._instances.get(instance)
         if found is not None:
-            found.costs, found.pace = self._kinds.place(profile)
+            found.costs, found.pace = self._kinds.place(instance, profile)
             found.measured = True
 
     def set_others(self, instance: str, requests: int) -> None:
@@ -162,16 +167,16 @@ class Router:
             raise Unavailable("no instance is ready: all are draining or dead")
         home = self._sessions.home(session) if session else None
         raw = self.beliefs.packed(tokens)
-        held = self.beliefs.held(raw, len(tokens), salt, now)
+        held, later = self.beliefs.held(raw, len(tokens), salt, now)
         asked = Asked(len(tokens), self._output, home)
-        kept_back = self._kept_back()
-        view = View(prefills, decodes, held, self._block_size, self._turn, self._bypass, kept_back)
+        view = View(prefills, decodes, later, self._block_size, self._turn, self._bypass, self._without_kept_back(held))
         route = self._policy(asked, view)
         prefill, decode = self._instances[route.prefill], self._instances[route.decode]
         assert prefill.state is decode.state is InstanceState.READY, (route, prefill.state, decode.state)
         self._turn += 1
         flight = _Flight(
             tuple(tokens),
+            raw,
             salt,
             route,
             prefill,
@@ -180,14 +185,11 @@ class Router:
             decode.load,
             pending=len(tokens) - route.predicted_cached_tokens,
             pending_s=_exact(prefill.pace * prefill.costs.prefill_s(len(tokens), route.predicted_cached_tokens)),
+            session=session,
+            before=home,
         )
         self._flights[request_id] = flight
-        prefill.load.pending += flight.pending
-        prefill.load.pending_s += flight.pending_s
-        prefill.load.running += 1
-        if decode is not prefill:
-            decode.load.running += 1
-        decode.load.context += len(tokens)
+        self._count(flight, 1)
         if session:
             self._sessions.went(session, (route.prefill, route.decode))
         self.beliefs.promise(prefill.name, raw, salt, now)
@@ -198,8 +200,9 @@ class Router:
         flight = self._flights.get(request_id)
         if flight is None or flight.started:
             return
-        self._leave_prefill(flight)
+        self._count(flight, -1)
         flight.started = True
+        self._count(flight, 1)
         self._learn(flight.prefill, flight.prefill_load, flight.tokens, flight.salt, now)
 
     def on_finished(self, request_id: str, tokens: Sequence[int], now: float, cached: int | None = None) -> None:
@@ -211,6 +214,7 @@ class Router:
         flight = self._flights.pop(request_id, None)
         if flight is None:
             return
+        self._count(flight, -1)
         if flight.started:
             # The last token was never fed back, so its keys and values were never computed.
             self._learn(flight.decode, flight.decode_load, tokens[:-1], flight.salt, now)
@@ -219,13 +223,18 @@ class Router:
             made = len(tokens) - len(flight.tokens)
             self._output += OUTPUT_WEIGHT * (made - self._output)
             if cached is not None and flight.prefill.load is flight.prefill_load:
-                self.beliefs.compare(
-                    flight.prefill.name, flight.route.predicted_cached_tokens, cached, len(flight.tokens)
-                )
+                holder = flight.route.source or flight.prefill.name  # who was believed to have it
+                self.beliefs.compare(holder, flight.route.predicted_cached_tokens, cached, len(flight.tokens))
         else:
-            self._leave_prefill(flight)
-        flight.decode_load.running -= 1
-        flight.decode_load.context -= len(flight.tokens)
+            self._withdraw(flight)
+
+    def moved(self, request_id: str, instance: str) -> None:
+        """The request is to go on at another instance. Unknown ids and instances do nothing."""
+        flight, to = self._flights.get(request_id), self._instances.get(instance)
+        if flight is not None and to is not None:
+            self._count(flight, -1)
+            flight.decode, flight.decode_load = to, to.load
+            self._count(flight, 1)
 
     def relief(self, tokens: Sequence[int], salt: str, without: str, now: float) -> str | None:
         """Who should go on with a sequence that leaves an instance; None: nobody else is ready."""
@@ -233,7 +242,7 @@ class Router:
         decoders = [i for i in ready if i.role.decodes] or ready
         if not decoders:
             return None
-        held = self.beliefs.held(self.beliefs.packed(tokens), len(tokens), salt, now)
+        held, _ = self.beliefs.held(self.beliefs.packed(tokens), len(tokens), salt, now)
         view = View(decoders, decoders, held, self._block_size)
         return best_decoder(Asked(len(tokens), self._output), view, decoders).name
 
@@ -250,18 +259,33 @@ class Router:
             self._groups = [i for i in ready if i.role.prefills] or ready, [i for i in ready if i.role.decodes] or ready
         return self._groups
 
-    def _kept_back(self) -> frozenset[str]:
+    def _without_kept_back(self, held: Mapping[str, Holding]) -> Mapping[str, Holding]:
         """Where nothing that was decoded goes back, decode instances send no prefixes either."""
         if self.beliefs.caching.returns:
-            return frozenset()
-        return frozenset(i.name for i in self._instances.values() if not i.role.prefills)
+            return held
+        return {name: found for name, found in held.items() if self._instances[name].role.prefills}
 
-    def _leave_prefill(self, flight: _Flight) -> None:
+    @staticmethod
+    def _count(flight: _Flight, times: int) -> None:
+        """Add a request to the loads, or take it away."""
+        prefill, decode = flight.prefill_load, flight.decode_load
+        if not flight.started:
+            prefill.pending += times * flight.pending
+            prefill.pending_s += times * flight.pending_s
+            if prefill is not decode:
+                prefill.running += times
+        decode.running += times
+        decode.context += times * len(flight.tokens)
+
+    def _withdraw(self, flight: _Flight) -> None:
+        """What ended before its first token was perhaps never computed: it promises nothing, and is nobody's home."""
         load = flight.prefill_load
-        load.pending -= flight.pending
-        load.pending_s -= flight.pending_s
-        if flight.decode_load is not load:
-            load.running -= 1
+        if flight.prefill.load is load and flight.prefill.state is not InstanceState.DEAD:
+            others = (f for f in self._flights.values() if f.prefill_load is load and not f.started)
+            same = (other.raw for other in others if other.salt == flight.salt)
+            self.beliefs.withdraw(flight.prefill.name, flight.raw, flight.salt, same)
+        if flight.session:
+            self._sessions.left(flight.session, (flight.route.prefill, flight.route.decode), flight.before)
 
     def _learn(self, instance: _Instance, load: Load, tokens: Sequence[int], salt: str, now: float) -> None:
         """The instance has these tokens cached, if it still is the life that computed them."""

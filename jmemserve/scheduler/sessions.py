@@ -21,3 +21,11 @@ class Sessions:
         self._homes.move_to_end(session)
         if len(self._homes) > MAX_SESSIONS:
             self._homes.popitem(last=False)
+
+    def left(self, session: str, home: tuple[str, str], before: tuple[str, str] | None) -> None:
+        """A request that went there came to nothing: its session is where it was before, unless it has gone on."""
+        if self._homes.get(session) == home:
+            if before is None:
+                del self._homes[session]
+            else:
+                self._homes[session] = before

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from jmemserve.kvpool.events import START, Removed, Snapshot, Stored
-from jmemserve.kvpool.runs import DRAM, HBM
+from jmemserve.kvpool.runs import DRAM, HBM, walk
 from jmemserve.scheduler.prompt_tree import PromptTree
 from jmemserve.scheduler.stretches import MAX_ID, Stretches
 from jmemserve.scheduler.tree_nodes import Node, locate
@@ -252,6 +252,23 @@ class TtlFeed:
             self._forget_oldest(self._slot.copies - self.max_blocks)
         if len(self._lessons) > 2 * self._slot.copies + 64:
             self._compact()
+
+    def unlearn(self, raw: bytes, salt: str, kept: int) -> None:
+        """The instance has none of this packed prompt beyond the first ``kept`` blocks, but for what others go on with.
+
+        Whatever taught it.
+        """
+        tree, bit = self.tree, self._slot.bit
+        root = tree.roots.get(b"\0" + salt.encode())
+        if root is None or not self._is_current():
+            return
+        for node, count in reversed(walk(root, raw, 0, len(raw) // tree.step * tree.step, tree.step)):
+            low, high = max(kept, node.start), node.start + count
+            if low >= high or not node.hbm & bit:
+                continue
+            if high < node.stop or any(child.hbm & bit for child in node.children.values()):
+                return  # it is taught further
+            tree.release(self._slot, HBM, node, low, high)
 
     def expire(self, now: float) -> None:
         """Forget what nothing has taught for so long."""

@@ -1,7 +1,7 @@
 """What a routing policy sees: the request, and the instances that could have it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 
 from jmemserve.config import Role
 from jmemserve.scheduler.cost_model import CostModel, Profile
@@ -73,7 +73,7 @@ class View:
     block_size: int
     turn: int = 0  # how many requests were routed before
     bypass: bool = False  # a prompt may be computed where it will be decoded
-    kept_back: Set[str] = frozenset()  # who sends nothing of what it holds to prefill instances
+    sources: Mapping[str, Holding] = dataclasses.field(default_factory=dict)  # who could send a prefill instance what
 
     def cached(self, candidate: Candidate) -> int:
         """Tokens of the prompt that an instance holds in any medium."""

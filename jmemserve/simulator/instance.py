@@ -131,12 +131,8 @@ class SimInstance:
 
     def _launch(self, plan: Plan, now: float) -> _Flight:
         flight = _Flight(plan, now)
-        shape, pairs, context = plan.shape, 0, 0
-        if shape.tokens > shape.seqs:
-            pairs = sum(p.length * p.start + p.length * (p.length + 1) // 2 for p in plan.slices)
-        else:
-            context = sum(piece.start for piece in plan.slices) + len(plan.slices)
-        self.device.enqueue(self.costs.step_s(shape, pairs, context), functools.partial(self._over, flight))
+        seconds = self.costs.rows_s(plan.shape, [(piece.start, piece.length) for piece in plan.slices])
+        self.device.enqueue(seconds, functools.partial(self._over, flight))
         return flight
 
     def _ahead(self, flight: _Flight) -> ahead.Stretch | None:

@@ -34,7 +34,7 @@ def one(name, role=Role.PREFILL, costs=COSTS, **load):
 def view(*candidates, held=None, bypass=False, turn=0):
     prefill = [c for c in candidates if c.role.prefills] or list(candidates)
     decode = [c for c in candidates if c.role.decodes] or list(candidates)
-    return View(prefill, decode, held or {}, C, turn, bypass)
+    return View(prefill, decode, held or {}, C, turn, bypass, held or {})
 
 
 def cost(asked, seen):
@@ -71,9 +71,9 @@ def test_a_decode_instance_may_be_the_source():
 def test_what_is_kept_back_is_nobodys_source():
     p0, d0, d1 = one("p0", Role.PREFILL), one("d0", Role.DECODE), one("d1", Role.DECODE)
     found = view(p0, d0, d1, held={"d0": Holding(32, 0), "d1": Holding(16, 0)})
-    route = cost(Asked(513, 10), dataclasses.replace(found, kept_back={"d0", "d1"}))
+    route = cost(Asked(513, 10), dataclasses.replace(found, sources={}))
     assert (route.source, route.predicted_cached_tokens) == (None, 0)
-    assert cost(Asked(513, 10), dataclasses.replace(found, kept_back={"d0"})).source == "d1"
+    assert cost(Asked(513, 10), dataclasses.replace(found, sources={"d1": Holding(16, 0)})).source == "d1"
 
 
 def test_what_lies_in_dram_is_swapped_in_where_that_is_cheaper():
@@ -185,11 +185,37 @@ def test_cost_finds_the_cheapest_of_all_routes(data):
 
 def test_instances_of_one_kind_share_a_model_and_have_a_pace_of_their_own():
     kinds = Kinds()
-    model, pace = kinds.place(PROFILE)
+    model, pace = kinds.place("a", PROFILE)
     assert pace == 1.0
-    slower = dataclasses.replace(PROFILE, steps=tuple((t, s, 1.5 * x) for t, s, x in PROFILE.steps))
-    assert kinds.place(slower) == (model, pytest.approx(1.5))
+    slower = dataclasses.replace(
+        PROFILE,
+        steps=tuple((t, s, 1.5 * x) for t, s, x in PROFILE.steps),
+        pair_s=1.5 * PROFILE.pair_s,
+        context_s=1.5 * PROFILE.context_s,
+    )
+    assert kinds.place("b", slower) == (model, pytest.approx(1.5))
     bent = dataclasses.replace(PROFILE, steps=(*PROFILE.steps[:-1], (512, 8, 0.9)))
-    other, pace = kinds.place(bent)
+    other, pace = kinds.place("c", bent)
     assert other is not model and pace == 1.0
-    assert kinds.place(dataclasses.replace(PROFILE, steps=PROFILE.steps[1:]))[0] not in (model, other)
+    assert kinds.place("d", dataclasses.replace(PROFILE, steps=PROFILE.steps[1:]))[0] not in (model, other)
+
+
+@pytest.mark.parametrize("name", ["pair_s", "context_s", "transfer_call_s", "transfer_block_s", "swap_block_s"])
+def test_what_costs_far_more_to_move_or_to_attend_is_another_kind(name):
+    kinds = Kinds()
+    model, _ = kinds.place("a", PROFILE)
+    dear = dataclasses.replace(PROFILE, **{name: 100 * getattr(PROFILE, name) + 1e-4})
+    other, pace = kinds.place("b", dear)
+    assert other.profile == dear and pace == 1.0
+    assert kinds.place("a", dear)[0] is other and len(kinds) == 1, "nobody has the first one any more"
+    kinds.leave("a")
+    kinds.leave("b")
+    assert len(kinds) == 0
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_every_policy_says_when_the_first_token_will_come(name):
+    """For who asks for a limit: what waits there, and the prompt without what is cached."""
+    p0, d0 = one("p0", pending_s=3.0), one("d0", Role.DECODE)
+    route = POLICIES[name](Asked(513, 10, ("p0", "d0")), view(p0, d0, held={"p0": Holding(32, 0)}))
+    assert route.predicted_ttft_s == pytest.approx(3.0 + COSTS.prefill_s(513, 512))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 
 from jmemserve.config import Bypass, Caching, Role
 from jmemserve.errors import ConfigError, Unavailable
+from jmemserve.kvpool.runs import HBM
 from jmemserve.scheduler.policies import POLICIES
 from jmemserve.scheduler.prompt_tree import Holding
 from jmemserve.scheduler.router import InstanceState, Router
@@ -73,7 +74,7 @@ def test_the_prefill_side_learns_the_prompt_and_the_decode_side_the_answer():
     ):
         router = learner([("prefill0", Role.PREFILL), ("decode0", Role.DECODE)], caching=caching)
         serve(router, "a", [*range(8)], [*range(8, 17)])
-        held = router.beliefs.held(router.beliefs.packed([*range(17)]), 17, "", 0.0)
+        _, held = router.beliefs.held(router.beliefs.packed([*range(17)]), 17, "", 0.0)
         assert held.get("prefill0", Holding(0, 0)).blocks * C == at_prefill
         assert held.get("decode0", Holding(0, 0)).blocks * C == at_decode
 
@@ -279,3 +280,95 @@ def test_decode_instances_send_prefixes_only_where_what_they_make_goes_back():
         router.beliefs.learn("decode0", Role.DECODE, range(4000), "", 0.0)
         route = router.route("r", [*range(4001)], "", 0.0)
         assert (route.prefill, route.source) == ("prefill0", source)
+
+
+def test_what_is_still_to_be_computed_is_nobodys_source():
+    """A burst of equal prompts: the second instance cannot get from the first what that has not computed."""
+    router = Router([("prefill0", Role.PREFILL), ("prefill1", Role.PREFILL), ("decode0", Role.DECODE)], C)
+    routes = [router.route(f"r{number}", [*range(4000)], "", 0.0) for number in range(6)]
+    assert {route.prefill for route in routes} == {"prefill0", "prefill1"}
+    assert all(route.source is None for route in routes)
+    for number in range(6):
+        router.on_finished(f"r{number}", (), 0.0)
+    assert router.route("later", [*range(4000)], "", 0.0).predicted_cached_tokens == 0, "nothing was computed"
+    router.check()
+
+
+def test_what_came_to_nothing_promises_nothing_but_what_others_wait_for():
+    router = Router([("colocated0", Role.COLOCATED)], C)
+    shared = [*range(400)]
+    router.route("long", [*shared, *range(1000, 1400)], "", 0.0)
+    router.route("gone", [*shared, *range(2000, 2400)], "", 0.0, "session")
+    router.on_finished("gone", (), 0.0)
+    router.check()
+    again = router.route("again", [*shared, *range(2000, 2400)], "", 0.0, "session")
+    assert again.predicted_cached_tokens == 400
+    router.on_finished("long", (), 0.0)
+    router.on_finished("again", (), 0.0)
+    router.check()
+    assert router.route("new", shared, "", 0.0).predicted_cached_tokens == 0
+
+
+def test_a_session_whose_request_was_refused_is_where_it_was():
+    router = Router([("a", Role.COLOCATED), ("b", Role.COLOCATED)], C, "session")
+    home = router.route("one", [1, 2], "", 0.0, "s")
+    router.on_first_token("one", 0.0)
+    router.set_state(home.prefill, InstanceState.DRAINING)
+    other = router.route("two", [1, 2], "", 0.0, "s")
+    assert other.prefill != home.prefill
+    router.on_finished("two", (), 0.0)
+    router.set_state(home.prefill, InstanceState.READY)
+    assert router.route("three", [1, 2], "", 0.0, "s").prefill == home.prefill
+
+
+def test_a_source_that_had_not_what_was_believed_is_doubted_and_not_who_asked_it():
+    router = Router([("prefill0", Role.PREFILL), ("decode0", Role.DECODE)], C)
+    tree, raw = router.beliefs.tree, router.beliefs.packed(range(4000))
+    tree.hold(tree.slots["decode0"], HBM, tree.root(b"\0"), 0, raw)
+    for number in range(4):
+        route = router.route(f"r{number}", [*range(4001)], "", 0.0)
+        assert (route.prefill, route.source) == ("prefill0", "decode0")
+        router.on_first_token(f"r{number}", 0.0)
+        router.on_finished(f"r{number}", [*range(4002)], 0.0, cached=0)
+        router.beliefs.withdraw("prefill0", router.beliefs.packed(range(4001)), "", ())
+    assert router.beliefs.wanted(1.0) == ["decode0"]
+
+
+@pytest.mark.parametrize("ttl_s", [None, TTL])
+def test_a_tree_that_mispredicts_is_made_anew(ttl_s):
+    """By a snapshot; what was learnt from responses is forgotten. Too little is wrong only where nothing times out."""
+    router = Router([("colocated0", Role.COLOCATED)], C, ttl_s=ttl_s)
+    for number in range(4):
+        serve(router, f"r{number}", [*range(400)])
+    for _ in range(4):
+        router.beliefs.compare("colocated0", 0, 400, 401)
+    assert router.beliefs.wanted(1.0) == (["colocated0"] if ttl_s is None else [])
+    for _ in range(4):
+        router.beliefs.compare("colocated0", 400, 0, 401)
+    assert router.beliefs.wanted(100.0) == (["colocated0"] if ttl_s is None else [])
+    assert router.beliefs.tree.num_blocks == 0
+    router.check()
+
+
+def test_moved_requests_count_where_they_go():
+    instances = [("p", Role.PREFILL), *((f"d{n}", Role.DECODE) for n in range(4))]
+    router = Router(instances, C)
+    prompts = {f"r{n}": [*range(1000 * n, 1000 * n + 100)] for n in range(12)}
+    for request_id, prompt in prompts.items():
+        router.route(request_id, prompt, "", 0.0)
+        router.on_first_token(request_id, 0.0)
+    assert [router.load(f"d{n}").running for n in range(4)] == [3, 3, 3, 3]
+    router.set_state("d0", InstanceState.DRAINING)
+    for request_id, prompt in prompts.items():
+        if router._flights[request_id].decode.name == "d0":
+            router.moved(request_id, router.relief(prompt, "", "d0", 0.0))
+            router.check()
+    assert [router.load(f"d{n}").running for n in range(4)] == [0, 4, 4, 4]
+    router.moved("nobody", "d1")
+    router.moved("r1", "nobody")
+    router.route("new", [5], "", 0.0)
+    router.moved("new", "p")  # it is to stay where it is prefilled
+    router.check()
+    for request_id in (*prompts, "new"):
+        router.on_finished(request_id, (), 0.0)
+    assert all(router.load(name) == Load() for name, _ in instances)
