@@ -119,6 +119,7 @@ def test_engine_settings_of_the_offline_class() -> None:
     [
         ["--role", "frontend", "--port", "0"],
         ["--role", "decode", "--join", "host:1", "--mesh", "model=2", "--name", "d7", "--listen", "10.0.0.1:7000"],
+        ["--role", "frontend", "--join", "host:1"],
         ["--role", "prefill", "--join", "h:1", "--coordinator", "h:2", "--num-processes", "2", "--process-id", "1"],
         ["--max-queue-delay", "2.5", "--max-queue-per-tenant", "10", "--tenant-weights", "a=2,b=0.5"],
         ["--mesh", "2xprefill+decode", "--processes", "per-instance", "--caching", "delta", "--bypass", "auto"],
