@@ -308,8 +308,7 @@ class Cluster:
             if self._ports.get(name) is not port:
                 return
             if error is not None and not self._stopped:
-                text = "".join(traceback.format_exception(error))
-                self._report.line(f"{name} died:\n{text}")
+                self._report.line(f"{name} died:\n{''.join(traceback.format_exception(error))}")
             self._apply(self._membership.dead(name, reason, now), now, error)
 
     # -- inside -------------------------------------------------------------------------------------------------------

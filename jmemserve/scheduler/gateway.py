@@ -22,38 +22,13 @@ from jmemserve.scheduler.admission import Limits, in_line
 from jmemserve.scheduler.fairness import FairShare, order, tenant_of
 from jmemserve.scheduler.messages import Abort, Beat, Move, Share, Submit, attempt_id
 from jmemserve.scheduler.router import InstanceState, Route, Router
+from jmemserve.scheduler.ticket import Ticket
 from jmemserve.types import ClusterReport, Event, FinishReason, MemberReport, Request, Timings, Usage
 
 PARKED_S = 120.0  # how long a request waits for an instance before it fails
 MAX_ATTEMPTS = 6  # in a row without a new token: this request may be what kills the instances
 PULL_S = 5.0  # how long a request waits for a peer's blocks before its instance computes them
 MOVE_AGAIN_S = 2.0  # a move that failed is asked for again after so long
-
-
-@dataclasses.dataclass(slots=True)
-class _Ticket:
-    """A request in flight. The tokens before ``generated``'s end were delivered, and nothing after it."""
-
-    outer_id: str
-    request: Request  # its id is that of the present attempt
-    number: int
-    attempt: int = 1
-    homes: tuple[str, ...] = ()  # where the present attempt may be, in the order that it goes there; (): parked
-    uncached: int = 0  # tokens that the first of them has to compute, as the router believes
-    generated: list[int] = dataclasses.field(default_factory=list)
-    first_token: float = 0.0
-    early: dict[int, tuple[str, Event]] = dataclasses.field(default_factory=dict)  # (from whom, what) by place
-    failures: int = 0  # attempts that were lost since the last token
-    parked: float = 0.0
-    ending: FinishReason | None = None  # an abort is on its way
-    asked: float = 0.0  # when a move was asked for
-    source: str | None = None  # the peer that sends blocks to the first home, which hears of the request after that
-    source_until: float = 0.0
-    decode: str = ""  # where the present attempt is to be decoded
-
-    @property
-    def known(self) -> tuple[int, ...]:
-        return (*self.request.prompt, *self.generated)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +52,7 @@ class Gateway:
         self.counts = Counts()
         self._limits = limits
         self._shares = FairShare(dict(limits.weights))
-        self._tickets: dict[str, _Ticket] = {}  # by the id of the present attempt
+        self._tickets: dict[str, Ticket] = {}  # by the id of the present attempt
         self._inner: dict[str, str] = {}  # the caller's id -> the id of the present attempt
         self._numbers = itertools.count(1)
         self._draining: set[str] = set()
@@ -108,7 +83,7 @@ class Gateway:
             self._limits.check_queue(self._shares.waiting, self._shares.waiting_of(tenant_of(request)))
         number = next(self._numbers)
         inner = attempt_id(self.frontend, number, 1)
-        ticket = _Ticket(request.id, dataclasses.replace(request, id=inner), number, parked=now)
+        ticket = Ticket(request.id, dataclasses.replace(request, id=inner), number, parked=now)
         route = self._choose(ticket, patient, now)
         rank = self._shares.enter(request, route.predicted_cached_tokens if route is not None else 0)
         ticket.request = dataclasses.replace(ticket.request, rank=rank)
@@ -153,7 +128,7 @@ class Gateway:
             doubled += max(0, min(len(ticket.generated) - event.start, len(event.tokens)))
             if event.start not in ticket.early or event.finish is not None:
                 ticket.early[event.start] = instance, event
-            while (following := self._next(ticket)) is not None:
+            while (following := ticket.next()) is not None:
                 out.append(self._deliver(ticket, *following, now))
         self.outbox += [(instance, Abort(request_id, FinishReason.ABORT)) for request_id in unwanted]
         counts = self.counts
@@ -273,7 +248,7 @@ class Gateway:
             if target is not None and target != ticket.homes[0]:
                 self._move(ticket, target, now)
 
-    def _move(self, ticket: _Ticket, target: str, now: float) -> str:
+    def _move(self, ticket: Ticket, target: str, now: float) -> str:
         """It is at one of its homes, and which is not known here: all are told, and the one that has it obeys.
 
         A home may come twice: where it is to go it may be now, and leave on an older wish before it comes back.
@@ -288,7 +263,7 @@ class Gateway:
         self.counts = dataclasses.replace(self.counts, moves=self.counts.moves + 1)
         return target
 
-    def _retry(self, ticket: _Ticket, now: float) -> None:
+    def _retry(self, ticket: Ticket, now: float) -> None:
         """The present attempt is over; another begins."""
         old = ticket.request.id
         self.router.on_finished(old, ticket.known, now)
@@ -303,13 +278,13 @@ class Gateway:
         self.counts = dataclasses.replace(self.counts, retries=self.counts.retries + 1)
         self._route(ticket, now)
 
-    def _route(self, ticket: _Ticket, now: float) -> None:
+    def _route(self, ticket: Ticket, now: float) -> None:
         """Send the present attempt to an instance, if one is ready."""
         route = self._choose(ticket, True, now)
         if route is not None:
             self._send(ticket, route, now)
 
-    def _choose(self, ticket: _Ticket, patient: bool, now: float) -> Route | None:
+    def _choose(self, ticket: Ticket, patient: bool, now: float) -> Route | None:
         """Instances for the present attempt; None: it is parked. Raises Unavailable if it cannot be."""
         try:
             route = self.router.route(ticket.request.id, ticket.known, ticket.request.salt, now, ticket.request.session)
@@ -320,7 +295,7 @@ class Gateway:
         ticket.uncached = len(ticket.known) - route.predicted_cached_tokens
         return route
 
-    def _check_delay(self, ticket: _Ticket, route: Route, now: float) -> None:
+    def _check_delay(self, ticket: Ticket, route: Route, now: float) -> None:
         """Raise Overloaded if its first token is predicted too late."""
         if not route.predicted_ttft_s or self._limits.max_queue_delay_s is None:
             return
@@ -335,7 +310,7 @@ class Gateway:
         left = None if deadline is None else deadline - now
         self._limits.check_delay(in_line(route.predicted_ttft_s, ticket.uncached, ahead, behind), left)
 
-    def _send(self, ticket: _Ticket, route: Route, now: float) -> None:
+    def _send(self, ticket: Ticket, route: Route, now: float) -> None:
         """The present attempt goes to where it was routed."""
         ticket.homes, ticket.decode = tuple(dict.fromkeys((route.prefill, route.decode))), route.decode
         if route.source is None:
@@ -346,27 +321,13 @@ class Gateway:
         self.outbox.append((route.source, share))
         self.counts = dataclasses.replace(self.counts, pulls=self.counts.pulls + 1)
 
-    def _start(self, ticket: _Ticket) -> None:
+    def _start(self, ticket: Ticket) -> None:
         """The first home hears of the request."""
         ticket.source = None
         message = Submit(ticket.request, ticket.decode, tuple(ticket.generated), ticket.first_token)
         self.outbox.append((ticket.homes[0], message))
 
-    @staticmethod
-    def _next(ticket: _Ticket) -> tuple[str, Event] | None:
-        """The waiting event that continues the output, without what was delivered before, and who sent it."""
-        have = len(ticket.generated)
-        for start in sorted(ticket.early):
-            if start > have:
-                return None
-            instance, event = ticket.early.pop(start)
-            stop, skip = start + len(event.tokens), have - start
-            if stop > have or event.finish is not None and stop == have:
-                rest = event.tokens[skip:], event.logprobs[skip:]
-                return instance, dataclasses.replace(event, start=have, tokens=rest[0], logprobs=rest[1])
-        return None
-
-    def _deliver(self, ticket: _Ticket, instance: str, event: Event, now: float) -> Event:
+    def _deliver(self, ticket: Ticket, instance: str, event: Event, now: float) -> Event:
         inner = ticket.request.id
         if instance in ticket.homes:  # all that came before is delivered, so where it was before does not matter
             ticket.homes = ticket.homes[ticket.homes.index(instance) :]
@@ -381,7 +342,7 @@ class Gateway:
             ticket.early.clear()
         return dataclasses.replace(event, request_id=ticket.outer_id)
 
-    def _end(self, ticket: _Ticket, reason: FinishReason, now: float, error: str = "") -> Event:
+    def _end(self, ticket: Ticket, reason: FinishReason, now: float, error: str = "") -> Event:
         """The last event of a request that no instance speaks for."""
         self._forget(ticket, now)
         arrival, first = ticket.request.arrival, ticket.first_token
@@ -390,12 +351,12 @@ class Gateway:
         start = len(ticket.generated)
         return Event(ticket.outer_id, start=start, finish=reason, usage=usage, timings=timings, error=error)
 
-    def _forget(self, ticket: _Ticket, now: float, cached: int | None = None) -> None:
+    def _forget(self, ticket: Ticket, now: float, cached: int | None = None) -> None:
         """It has ended; ``cached`` tokens of its prompt were found."""
         self.router.on_finished(ticket.request.id, ticket.known, now, cached)
         self._shares.leave(ticket.outer_id, len(ticket.generated))
         del self._tickets[ticket.request.id], self._inner[ticket.outer_id]
 
-    def _fail(self, ticket: _Ticket, sentence: str, now: float) -> Event:
+    def _fail(self, ticket: Ticket, sentence: str, now: float) -> Event:
         self.counts = dataclasses.replace(self.counts, failed=self.counts.failed + 1)
         return self._end(ticket, FinishReason.ERROR, now, sentence)

@@ -258,17 +258,23 @@ class TtlFeed:
 
         Whatever taught it.
         """
-        tree, bit = self.tree, self._slot.bit
-        root = tree.roots.get(b"\0" + salt.encode())
+        tree = self.tree
+        root: Node | None = tree.roots.get(b"\0" + salt.encode())
         if root is None or not self._is_current():
             return
-        for node, count in reversed(walk(root, raw, 0, len(raw) // tree.step * tree.step, tree.step)):
-            low, high = max(kept, node.start), node.start + count
-            if low >= high or not node.hbm & bit:
-                continue
-            if high < node.stop or any(child.hbm & bit for child in node.children.values()):
+        path = walk(root, raw, 0, len(raw) // tree.step * tree.step, tree.step)
+        while path and not path[-1][0].hbm & self._slot.bit:
+            path.pop()
+        if not path:
+            return
+        node, stop = path[-1][0], path[-1][0].start + path[-1][1]
+        while stop > kept:
+            node = locate(node, stop - 1)
+            if node.stop != stop or any(child.hbm & self._slot.bit for child in node.children.values()):
                 return  # it is taught further
-            tree.release(self._slot, HBM, node, low, high)
+            start = max(node.start, kept)
+            tree.release(self._slot, HBM, node, start, stop)
+            stop = start
 
     def expire(self, now: float) -> None:
         """Forget what nothing has taught for so long."""

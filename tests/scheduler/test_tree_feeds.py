@@ -426,3 +426,58 @@ def test_lessons_of_one_prompt_do_not_pile_up():
         feed.learn(pack(range(3 * C), 3 * C), "", float(now))
         assert len(feed._lessons) <= 71
     assert tree.num_blocks == 3
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_is_learnt_expires_or_is_unlearnt_leaves_a_sound_tree(seed):
+    """Three instances, prompts that begin alike, runs that split early; lives end too."""
+    random = Random(seed)
+    tree, feeds = PromptTree(1), {}
+    tree.run_limit = random.choice([2, 3, 5, 8])
+
+    def begin(name):
+        tree.join(name)
+        feeds[name] = TtlFeed(tree, name, random.choice([3.0, 8.0]), random.choice([20, 1000]))
+
+    for name in "abc":
+        begin(name)
+    bases = [[random.randrange(3) for _ in range(random.randrange(1, 30))] for _ in range(4)]
+    more = [base[: random.randrange(len(base) + 1)] + [random.randrange(3) for _ in range(10)] for base in bases]
+    now = 0.0
+    for _ in range(150):
+        now += random.choice([0, 0, 0.5, 2])
+        name, tokens, what = random.choice("abc"), random.choice([*bases, *more]), random.random()
+        count = random.randrange(1, len(tokens) + 1)
+        if what < 0.65:
+            feeds[name].learn(pack(tokens, count), "", now)
+        elif what < 0.8:
+            feeds[name].expire(now)
+        elif what < 0.97:
+            kept = random.randrange(count + 1)
+            feeds[name].unlearn(pack(tokens, count), "", kept)
+            held = tree.match(pack(tokens, len(tokens)), "", count).get(name, Holding(0, 0)).blocks
+            assert held <= kept or held == count or tree.slots[name].copies > held, "only what goes on is left"
+        else:
+            feeds[name].close()
+            tree.leave(name)
+            begin(name)
+        tree.check()
+    for name in "abc":
+        feeds[name].close()
+    assert tree.num_blocks == tree.num_nodes == 0
+
+
+def test_unlearning_leaves_what_goes_on():
+    tree = PromptTree(1)
+    tree.join("a")
+    feed = TtlFeed(tree, "a", 10.0, 100)
+    long, short = pack([1, 2, 3, 4, 5, 6], 6), pack([1, 2, 3, 9], 4)
+    feed.learn(long, "", 0.0)
+    feed.learn(short, "", 1.0)
+    feed.unlearn(pack([1, 2, 3], 3), "", 0)
+    assert tree.match(long, "", 6)["a"].blocks == 6, "a longer one needs it"
+    feed.unlearn(short, "", 3)
+    assert tree.match(short, "", 4)["a"].blocks == 3
+    feed.unlearn(long, "", 0)
+    feed.unlearn(long, "other salt", 0)
+    assert tree.match(long, "", 6) == {} and tree.num_blocks == 0
