@@ -34,6 +34,9 @@ SHARES = (0.0, 0.25, 0.5, 0.75)  # cached
 REPEATS = 5  # of a prefill, at most
 FIT_SHARE = 0.4  # of the budget, for the fit; the rest measures what it predicted
 
+PICTURES = (".png", ".pdf", ".svg")
+WRONG = 0.25  # mean error of a profile that is not to be trusted
+
 Row = tuple[int, int, float, float | None]  # tokens, cached tokens, measured seconds, predicted by the other fit
 
 
@@ -70,8 +73,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if not 0 < budget_s <= 86400:
         raise ConfigError(f"--budget-s must be above 0 and at most 86400 seconds, not {budget_s:g}")
     for path in (output, plot):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}")
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ConfigError(f"{path} cannot be written: it is a folder, or there is no folder {path.parent}")
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise ConfigError(f"--plot {plot}: a picture ends in {', '.join(PICTURES)}")
     engine = make_engine_config(given)
     if engine.warmup is Warmup.NONE:
         raise ConfigError("--warmup none compiles nothing; costs are those of compiled steps: leave it out")
@@ -138,6 +143,8 @@ def show(profile: Profile, rows: Sequence[Row]) -> None:
     print(f"mean error over {len(rows)} prefills: operator level {own:.1%}", end="")
     both = [(arch, seconds) for _, _, seconds, arch in rows if arch is not None]
     print(f", architecture level {mean_error(both):.1%}" if both else "; too few for the architecture level")
+    if own > WRONG:
+        print("this profile foretells badly: give a larger --budget-s, or a machine that does nothing else")
 
 
 def _nearest_share(row: Row) -> float:

@@ -22,7 +22,7 @@ from jmemserve.server import jmemserve_pb2_grpc as pb_grpc
 from jmemserve.server import wire
 from jmemserve.server.messages import Delta, Finished, Message, Output, fold
 from jmemserve.server.status import error_of
-from jmemserve.types import ClusterReport, InstanceLoad, PoolReport, SamplingParams, check_standing
+from jmemserve.types import ClusterReport, InstanceLoad, PoolReport, SamplingParams, check_standing, check_text
 
 __all__ = ["AsyncClient", "Client", "Delta", "Finished", "Message", "Output", "Prompt"]
 
@@ -38,6 +38,9 @@ OPTIONS = (
 )
 
 
+LONGEST_S = 1e9  # a deadline that never comes
+
+
 def make_request(
     prompt: Prompt,
     params: SamplingParams | None = None,
@@ -50,11 +53,13 @@ def make_request(
     priority: int = 0,
 ) -> pb.GenerateRequest:
     """The message of a Generate call. Raises InvalidRequest for what has no place in one."""
-    check_standing(session, tenant, priority)
+    check_standing(session, tenant, priority, cache_salt)
+    check_text("request_id", request_id)
     request = pb.GenerateRequest(request_id=request_id, cache_salt=cache_salt, session=session, tenant=tenant)
     request.priority = priority
     request.sampling.CopyFrom(wire.params_to_wire(params or SamplingParams()))
     if isinstance(prompt, str):
+        check_text("the prompt", prompt)
         request.text = prompt
     elif prompt and all(isinstance(item, Mapping) for item in prompt):
         messages = [item for item in prompt if isinstance(item, Mapping)]
@@ -98,7 +103,7 @@ class Client:
         standing: Any = {"session": session, "tenant": tenant, "priority": priority}
         request = make_request(prompt, params, request_id, cache_salt, template_arguments, **standing)
         with _errors():
-            call = self._inference.Generate(request, timeout=timeout_s)
+            call = self._inference.Generate(request, timeout=_deadline(timeout_s))
             try:
                 for response in call:
                     yield wire.message_from_wire(response)
@@ -214,7 +219,7 @@ class AsyncClient:
         standing: Any = {"session": session, "tenant": tenant, "priority": priority}
         request = make_request(prompt, params, request_id, cache_salt, template_arguments, **standing)
         with _errors():
-            call = self.inference.Generate(request, timeout=timeout_s)
+            call = self.inference.Generate(request, timeout=_deadline(timeout_s))
             try:
                 async for response in call:
                     yield wire.message_from_wire(response)
@@ -285,6 +290,15 @@ def _errors() -> Iterator[None]:
         # Both kinds of clients have these three; the base class of grpc declares none of them.
         code, details, trailers = error.code(), error.details(), error.trailing_metadata()
         raise error_of(code, details or "", [(key, value) for key, value in trailers or ()]) from error
+
+
+def _deadline(timeout_s: float | None) -> float | None:
+    """As gRPC can carry it. Raises InvalidRequest for what is no time."""
+    if timeout_s is None:
+        return None
+    if not timeout_s > 0:
+        raise InvalidRequest(f"timeout_s must be seconds above 0, not {timeout_s!r}")
+    return min(timeout_s, LONGEST_S)
 
 
 def _check_address(address: str) -> str:

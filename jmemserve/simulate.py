@@ -15,10 +15,12 @@ import dataclasses
 import enum
 import itertools
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,26 +31,31 @@ from jmemserve.simulator import hardware
 from jmemserve.simulator.cluster import Setting, SimCluster
 from jmemserve.simulator.load import Load, poisson
 from jmemserve.simulator.plots import draw
-from jmemserve.simulator.report import Row, summary, table
+from jmemserve.simulator.report import Row, plain, summary, table
 from jmemserve.simulator.sessions import converse, read_sessions
 from jmemserve.simulator.sweep import Goal, cheapest, demand
 from jmemserve.simulator.traces import is_hash_trace, read_calls, replay
 
 KV_TOKENS = 65_536
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the flags ask for; the process's exit status."""
     args = _parser().parse_args(arguments)
     try:
+        _check_files(args)
         rows = _search(args) if args.sweep else _compare(args)
         print(table(rows))
         if args.sweep:
             print(f"\nthe cheapest that meets the goal: {rows[-1]['mesh']}, {rows[-1]['devices']} devices")
         if args.output:
-            Path(args.output).write_text(json.dumps(rows, indent=1) + "\n")
+            Path(args.output).write_text(json.dumps(plain(rows), indent=1, allow_nan=False) + "\n")
         if args.plot:
             draw(rows, Path(args.plot), " ".join(arguments if arguments is not None else sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\ncancelled", file=sys.stderr)
+        return 130
     except JmemserveError as error:
         print(f"simulate: {error}", file=sys.stderr)
         return 2
@@ -56,6 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"simulate: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Before anything is run: can what comes out be written?"""
+    for name in ("output", "plot"):
+        path = Path(getattr(args, name) or "x")
+        if path.is_dir() or not path.parent.is_dir():
+            raise ConfigError(f"--{name} {path} cannot be written: it is a folder, or lies in none")
+    if args.plot and Path(args.plot).suffix.lower() not in PICTURES:
+        raise ConfigError(f"--plot {args.plot}: a picture ends in {', '.join(PICTURES)}")
 
 
 def _compare(args: argparse.Namespace) -> list[Row]:
@@ -95,7 +112,13 @@ def _run(args: argparse.Namespace, mesh: str, policy: Policy, caching: Caching) 
             Setting(specs, profiles, engine, args.dram_tokens, args.cores, args.front_end_s), bar.update
         )
         cluster.run(_load(args, engine.kv_cache_tokens))
-    row = summary(cluster) | {"wall_s": time.monotonic() - began, "profile": next(iter(profiles.values())).about}
+        unsent = args.requests - len(cluster.outcomes)
+        bar.update(unsent)
+    row = (
+        summary(cluster)
+        | {"unsent": unsent}
+        | {"wall_s": time.monotonic() - began, "profile": next(iter(profiles.values())).about}
+    )
     if args.hardware:
         row["moved_bytes"] = row["moved_blocks"] * engine.block_size * hardware.read_model(args.model).kv_bytes
     return row
@@ -136,7 +159,12 @@ def _profile(args: argparse.Namespace, spec: InstanceSpec, engine: EngineConfig)
             f"there is no --profile for {spec.role.value} instances: add --profile {spec.role.value}=FILE"
         )
     try:
-        return Profile.from_json(Path(path).read_text())
+        profile = Profile.from_json(Path(path).read_text())
+        if args.dram_tokens and not profile.swap_call_s and not profile.swap_block_s:
+            raise ConfigError("it does not say what swapping costs: calibrate with --host-memory-gb, for --dram-tokens")
+        return profile
+    except UnicodeDecodeError:
+        raise ConfigError(f"--profile {path} is not text") from None
     except OSError as error:
         raise ConfigError(f"--profile {path}: {error.strerror}") from None
     except ConfigError as error:
@@ -150,14 +178,27 @@ def _role_and_file(text: str) -> tuple[str, str]:
 
 def _load(args: argparse.Namespace, longest: int | None) -> Load:
     longest = longest or 1 << 30
-    if args.requests < 1 or args.rate <= 0 or args.speed <= 0 or args.scale < 1 or args.think_s < 0:
-        raise ConfigError("--requests, --rate, --speed and --scale must be above 0, and --think-s not below")
     if not args.trace:
         return poisson(args.requests, args.rate, args.prompt, args.output_tokens, args.shared_prefix, args.seed)
     path = Path(args.trace)
     if is_hash_trace(path):
         return replay(read_calls(path), args.requests, args.speed, args.scale, longest)
     return converse(read_sessions(path), args.requests, args.rate, args.think_s, args.seed, args.scale, longest)
+
+
+def _at_least(kind: type, low: float = 0, above: bool = True) -> Callable[[str], Any]:
+    """What a flag's text means; nothing that is infinite or no number, and nothing too small."""
+
+    def check(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number of this kind") from None
+        if not math.isfinite(value) or value < low or above and value <= low:
+            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low:g}, not {text}")
+        return value
+
+    return check
 
 
 def _names[E: (Policy, Caching)](text: str, kind: type[E]) -> list[E]:
@@ -180,7 +221,9 @@ def _parser() -> argparse.ArgumentParser:
             part.add_argument(name, **how)
 
     def number(kind: type, default: object, about: str) -> dict:
-        return {"type": kind, "default": default, "metavar": "N", "help": f"{about} (default: {default})"}
+        """Of a flag that is above 0, unless its default is 0."""
+        check = _at_least(kind, 0, above=default != 0)
+        return {"type": check, "default": default, "metavar": "N", "help": f"{about} (default: {default})"}
 
     def choice(kind: type[enum.Enum], default: str, about: str) -> dict:
         return {"choices": [value.value for value in kind], "default": default, "help": f"{about} (default: {default})"}
@@ -195,7 +238,10 @@ def _parser() -> argparse.ArgumentParser:
         ("--profile", {"action": "append", "metavar": "[ROLE=]FILE", "help": "what work costs, measured"}),
         ("--hardware", {"metavar": "NAME", "help": f"or worked out for a device: {', '.join(hardware.DEVICES)}"}),
         ("--model", {"default": "demo", "metavar": "PATH", "help": "config.json of the model, with --hardware"}),
-        ("--kv-tokens", {"type": int, "metavar": "N", "help": f"of each pool (default: what fits, or {KV_TOKENS})"}),
+        (
+            "--kv-tokens",
+            {"type": _at_least(int), "metavar": "N", "help": f"of each pool (default: what fits, or {KV_TOKENS})"},
+        ),
         ("--dram-tokens", number(int, 0, "of each pool in host memory")),
         ("--block-size", number(int, defaults["block_size"], "tokens per block")),
         ("--max-num-seqs", number(int, defaults["max_num_seqs"], "sequences in one step")),
@@ -210,7 +256,11 @@ def _parser() -> argparse.ArgumentParser:
         ("--front-end-s", number(float, 0.0, "seconds of a request in the front-end and on the wire")),
         (
             "--cores",
-            {"type": float, "metavar": "N", "help": "instances share so many cores (default: each has its own)"},
+            {
+                "type": _at_least(float),
+                "metavar": "N",
+                "help": "instances share so many cores (default: each has its own)",
+            },
         ),
     )
     group(
@@ -228,9 +278,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     group(
         "the search",
-        ("--sweep", {"type": int, "metavar": "N", "help": "find the fewest of at most N instances that meet the goal"}),
-        ("--ttft-p99", {"type": float, "metavar": "S", "help": "the goal: seconds to the first token"}),
-        ("--tpot-p99", {"type": float, "metavar": "S", "help": "and seconds per token after it"}),
+        (
+            "--sweep",
+            {
+                "type": _at_least(int),
+                "metavar": "N",
+                "help": "find the fewest of at most N instances that meet the goal",
+            },
+        ),
+        ("--ttft-p99", {"type": _at_least(float), "metavar": "S", "help": "the goal: seconds to the first token"}),
+        ("--tpot-p99", {"type": _at_least(float), "metavar": "S", "help": "and seconds per token after it"}),
         ("--devices", number(int, 1, "of each instance in a sweep")),
     )
     group(

@@ -21,7 +21,7 @@ MAX_LOGPROBS = 20  # how many alternatives per token a request may ask for
 MAX_STOP_IDS = 32  # how many stop token ids (with the model's own) one request may have
 MAX_STOP_STRINGS = 16
 MAX_N = 64
-MAX_NAME = 256  # characters of a session and of a tenant
+MAX_NAME = 256  # characters of a session, of a tenant and of a cache salt
 MAX_PRIORITY = 100  # and as much below 0
 
 
@@ -143,12 +143,21 @@ class Request:
     rank: float = 0.0  # place in the fair order of all requests, in tokens; set by the gateway, lower goes first
 
 
-def check_standing(session: str, tenant: str, priority: int) -> None:
+def check_text(name: str, text: str) -> None:
+    """Raise InvalidRequest if a text has half of a character, which nothing can send."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{name} is no valid Unicode at character {error.start}: a surrogate alone") from None
+
+
+def check_standing(session: str, tenant: str, priority: int, salt: str = "") -> None:
     """Raise InvalidRequest, naming the field, if these cannot be those of a request."""
-    for name, value in (("session", session), ("tenant", tenant)):
+    for name, value in (("session", session), ("tenant", tenant), ("cache_salt", salt)):
         if not isinstance(value, str) or len(value) > MAX_NAME:
             shown = f"{len(value)}" if isinstance(value, str) else repr(value)
             raise InvalidRequest(f"{name} must be a text of at most {MAX_NAME} characters, not {shown}")
+        check_text(name, value)
     if isinstance(priority, bool) or not isinstance(priority, int) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
         raise InvalidRequest(
             f"priority must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}, not {priority!r}"

@@ -7,7 +7,7 @@ from jmemserve.types import MAX_STOP_IDS, Request, check_standing
 def check_request(request: Request, vocabulary: int, max_model_len: int) -> None:
     """Raise InvalidRequest, with what to change, for a request that can never work. Lengths in tokens."""
     request.params.check()
-    check_standing(request.session, request.tenant, request.priority)
+    check_standing(request.session, request.tenant, request.priority, request.salt)
     if not request.prompt:
         raise InvalidRequest("the prompt is empty; give at least one token")
     if (bad := next((t for t in request.prompt if not 0 <= t < vocabulary), None)) is not None:

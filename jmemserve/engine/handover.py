@@ -60,7 +60,7 @@ def unpack_sequence(private: bytes, computed: tuple[int, ...], decode_hint: str,
             rank=float(state["rank"]),
         )
         request.params.check()
-        check_standing(request.session, request.tenant, request.priority)
+        check_standing(request.session, request.tenant, request.priority, request.salt)
         if not math.isfinite(request.rank):
             raise ValueError(f"rank {request.rank}")
         stamps = Stamps(**{name: stamp + now for name, stamp in state["stamps"].items()})

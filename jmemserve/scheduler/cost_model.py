@@ -41,16 +41,19 @@ class Profile:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ConfigError(f"{name} of a profile must be seconds, 0 or more, not {value!r}")
         for step in self.steps:
-            if not (step[0] >= step[1] >= 1 and 0 < step[2] < math.inf):
-                raise ConfigError(f"a step of a profile is (tokens, at most as many sequences, seconds), not {step}")
+            if not (step[0] >= step[1] >= 1 and 0 < step[2] <= LONGEST_STEP_S):
+                raise ConfigError(
+                    f"a step of a profile is (tokens, at most as many sequences, seconds up to {LONGEST_STEP_S}), not "
+                    f"{step}"
+                )
         if isinstance(self.tile, bool) or not isinstance(self.tile, int) or self.tile < 1:
             raise ConfigError(f"tile of a profile must be 1 or more, not {self.tile!r}")
         if not isinstance(self.about, str):
             raise ConfigError(f"about of a profile must be a text, not {self.about!r}")
         if not any(tokens > seqs for tokens, seqs, _ in self.steps):
             raise ConfigError(_UNPACKED)
-        if len({step[:2] for step in self.steps}) < len(self.steps):
-            raise ConfigError("a profile has a step of the same shape twice")
+        if len({(tokens, tokens > seqs) for tokens, seqs, _ in self.steps}) < len(self.steps):
+            raise ConfigError("a profile has two steps for the same number of tokens")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -60,14 +63,21 @@ class Profile:
         """Raises ConfigError if the text is not what ``to_json`` writes."""
         try:
             values: dict[str, Any] = json.loads(text)
-            steps = tuple((int(t), int(s), float(seconds)) for t, s, seconds in values.pop("steps"))
+            steps = tuple((_whole(t), _whole(s), float(seconds)) for t, s, seconds in values.pop("steps"))
             profile = Profile(tuple(sorted(steps)), **values)
             profile.check()
             return profile
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"not a profile of an instance: {error!r}") from None
 
 
+def _whole(number: object) -> int:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ValueError(f"{number!r} is not a whole number")
+    return number
+
+
+LONGEST_STEP_S = 3600.0
 _UNPACKED = "a profile needs a step of more tokens than sequences: prompts are computed in these"
 _SECONDS = ("pair_s", "context_s", "transfer_call_s", "transfer_block_s", "swap_call_s", "swap_block_s")
 

@@ -54,7 +54,7 @@ class Generation:
         priority: int = 0,
     ):
         """``seed`` is used if ``params`` names none. Raises InvalidRequest if the model cannot do it."""
-        check_standing(session, tenant, priority)
+        check_standing(session, tenant, priority, salt)
         model.check_params(params)
         model.check_prompt(prompt)
         self.request_id = request_id

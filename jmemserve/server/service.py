@@ -94,7 +94,7 @@ class InferenceService(pb_grpc.InferenceServicer):
             raise InvalidRequest("no prompt; set text, token_ids or messages")
         params = wire.params_from_wire(request.sampling)
         model.check_params(params)  # before the work of tokenising
-        check_standing(request.session, request.tenant, request.priority)
+        check_standing(request.session, request.tenant, request.priority, request.cache_salt)
         if kind == "token_ids":
             prompt = tuple(request.token_ids.ids)
         elif kind == "messages":

@@ -22,6 +22,7 @@ from jmemserve.types import (
     Timings,
     TokenLogprobs,
     Usage,
+    check_text,
 )
 
 MAX_ID_LENGTH = 256  # characters
@@ -90,6 +91,8 @@ def chat_to_wire(messages: Iterable[Mapping[str, str]], arguments: Mapping[str, 
     for message in messages:
         if set(message) != {"role", "content"} or not all(isinstance(value, str) for value in message.values()):
             raise InvalidRequest(f"a message has a role and a content, both text; this one is {dict(message)!r}")
+        for name, text in message.items():
+            check_text(f"the {name} of a message", text)
         chat.messages.add(role=message["role"], content=message["content"])
     if arguments:
         chat.template_arguments.update(dict(arguments))

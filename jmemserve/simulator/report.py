@@ -92,6 +92,15 @@ def _hits(cluster: SimCluster) -> dict[str, float]:
     }
 
 
+def plain(value: Any) -> Any:
+    """The same for JSON, which knows no NaN."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
@@ -115,7 +124,8 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         times = [f"{1000 * row[f'{name}_p{p}']:,.1f}" for name in ("ttft", "tpot", "jct") for p in (50, 99)]
         busy = "/".join(f"{100 * row[k]:.0f}%" for k in row if k.startswith("utilisation_"))
-        counts = f"{row['requests']:,}" + (f" (-{row['refused']:,})" if row["refused"] else "")
+        unsent = f", {row['unsent']:,} unsent" if row.get("unsent") else ""
+        counts = f"{row['requests']:,}" + (f" (-{row['refused']:,}{unsent})" if row["refused"] else "")
         hits = (f"{100 * row['hit_rate']:.1f}%", f"{100 * row['hit_rate_dram']:.1f}%")
         lines.append(
             (row["mesh"], row["policy"], row["caching"], counts, *times, *hits, f"{row['moved_blocks']:,}", busy)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gzip
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def read_lines[T](path: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
             continue
         try:
             found.append(parse(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"--trace {path}, line {number}: {type(error).__name__}: {error}") from None
     if not found:
         raise ConfigError(f"--trace {path} has no lines")
@@ -64,13 +65,15 @@ def is_hash_trace(path: Path) -> bool:
 def read_calls(path: Path) -> list[Call]:
     """The lines of a hash trace, by time. Raises ConfigError."""
 
+    numbers: dict[int, int] = {}  # ids may be hashes of any width
+
     def parse(line: dict[str, Any]) -> Call:
-        ids = tuple(int(i) for i in line["hash_ids"])
+        ids = tuple(numbers.setdefault(int(i), len(numbers)) for i in line["hash_ids"])
         call = Call(line["timestamp"] / 1000, int(line["input_length"]), int(line["output_length"]), ids)
         if call.prompt < 1 or not (len(ids) - 1) * SOURCE_BLOCK < call.prompt <= len(ids) * SOURCE_BLOCK:
             raise ValueError(f"{len(ids)} hash ids of {SOURCE_BLOCK} tokens do not fit input_length {call.prompt}")
-        if call.output < 0 or call.time < 0:
-            raise ValueError(f"timestamp {call.time} and output_length {call.output} must not be negative")
+        if call.output < 0 or not 0 <= call.time < math.inf:
+            raise ValueError(f"timestamp {call.time} and output_length {call.output} must be 0 or more")
         return call
 
     return sorted(read_lines(path, parse), key=lambda call: call.time)

@@ -90,6 +90,32 @@ def test_prompts_that_cannot_be_sent(prompt: list[object]) -> None:
         make_request(prompt)  # type: ignore[arg-type]
 
 
+HALF = "\ud800"  # of a character
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"prompt": HALF},
+        {"prompt": [{"role": "user", "content": HALF}]},
+        {"prompt": [1], "tenant": HALF},
+        {"prompt": [1], "session": HALF},
+        {"prompt": [1], "request_id": HALF},
+        {"prompt": [1], "cache_salt": HALF},
+        {"prompt": [1], "cache_salt": "x" * 257},
+    ],
+)
+def test_texts_that_cannot_be_sent(how: dict[str, object]) -> None:
+    with pytest.raises(errors.InvalidRequest, match="surrogate alone|at most 256 characters"):
+        make_request(**how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_deadlines_that_are_none(seconds: float) -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(errors.InvalidRequest, match="above 0"):
+        client.generate([1], timeout_s=seconds)
+
+
 def test_params_that_cannot_be_sent() -> None:
     with pytest.raises(errors.InvalidRequest, match="cannot be sent"):
         make_request([1], SamplingParams(max_tokens=1 << 40))
@@ -119,6 +145,7 @@ def test_command_line(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
         assert call("--tokens", "1", "--max-tokens", "1", *words)[0] == 0
         last = server.cluster.submitted[-1]
         assert (last.session, last.tenant, last.priority) == ("s", "t", -3)
+        assert call("--tokens", "1", "--max-tokens", "1", "--timeout", "1e300")[0] == 0
         assert call("--abort", "nobody") == (0, "not in flight\n", "")
         assert call("--health") == (0, "SERVING\n", "")
         assert json.loads(call("--info")[1])["model"]["name"] == "small"

@@ -1,5 +1,6 @@
 """The command: what it reads, what it refuses in words, what it finds."""
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from sim_runs import PROFILE
 
 from jmemserve.simulate import main
+from jmemserve.simulator.cluster import SimCluster
 from jmemserve.simulator.sessions import converse, read_sessions
 from jmemserve.simulator.traces import read_calls, replay
 
@@ -78,16 +80,85 @@ def test_hardware_is_worked_out_and_says_so(tmp_path: Path, capsys: pytest.Captu
         (["--profile", "{profile}", "--cluster", "decode"], "nothing can prefill"),
         (["--profile", "{profile}", "--policy", "best"], "possible are cost"),
         (["--profile", "{profile}", "--trace", "missing.jsonl"], "--trace missing.jsonl: No such file"),
-        (["--profile", "{profile}", "--rate", "0"], "must be above 0"),
         (["--profile", "{profile}", "--sweep", "4"], "--sweep needs a goal"),
         (["--profile", "{profile}", "--block-size", "5"], "power of two"),
+        (["--profile", "{profile}", "--plot", "picture.xyz"], "a picture ends in .png"),
+        (["--profile", "{profile}", "--output", "/"], "cannot be written"),
+        (["--profile", "{profile}", "--plot", "/nowhere/x.png"], "cannot be written"),
+        (["--profile", "{bytes}"], "is not text"),
+        (["--profile", "{free}", "--dram-tokens", "4096"], "calibrate with --host-memory-gb"),
     ],
 )
 def test_bad_input_is_refused_in_words(
-    profile: str, flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+    profile: str, tmp_path: Path, flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([flag.replace("{profile}", profile) for flag in flags]) == 2
+    odd, free = tmp_path / "bytes.json", tmp_path / "free.json"
+    odd.write_bytes(b"\xff\xfe\x00")
+    free.write_text(dataclasses.replace(PROFILE, swap_call_s=0.0, swap_block_s=0.0).to_json())
+    names = {"{profile}": profile, "{bytes}": str(odd), "{free}": str(free)}
+    for name, path in names.items():
+        flags = [flag.replace(name, path) for flag in flags]
+    assert main(flags) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--rate", text] for text in ("0", "nan", "inf", "-1")),
+        *(["--cores", text] for text in ("0", "-1", "nan")),
+        ["--seed", "-1"],
+        ["--dram-tokens", "-5"],
+        ["--kv-tokens", "0"],
+        ["--front-end-s", "-3"],
+        ["--think-s", "nan"],
+        ["--speed", "nan"],
+        ["--sweep", "-4"],
+        ["--requests", "1.5"],
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(
+    profile: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--profile", profile, *flags])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and f"argument {flags[0]}: " in said
+
+
+def test_interrupted(profile: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*rest: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SimCluster, "run", interrupt)
+    assert main(["--profile", profile, *SMALL]) == 130
+    assert capsys.readouterr().err.endswith("cancelled\n")
+
+
+def test_turns_that_were_never_sent_are_counted(profile: str, tmp_path: Path) -> None:
+    """Who is refused does not come back with the rest of the conversation."""
+    path, out = tmp_path / "talk.jsonl", tmp_path / "out.json"
+    turns = [{"u": "a" * 400, "a": "b" * 100}] * 3
+    path.write_text("\n".join(json.dumps({"turns": turns}) for _ in range(10)))
+    flags = ["--trace", str(path), "--requests", "30", "--rate", "1000", "--max-queue", "2", "--output", str(out)]
+    assert main(["--profile", profile, *flags]) == 0
+    [row] = json.loads(out.read_text())
+    assert row["refused"] > 0 and row["unsent"] > 0
+    assert row["requests"] + row["refused"] + row["unsent"] == 30
+
+
+def test_answers_of_one_token_have_no_time_between_tokens(profile: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    goal = ["--sweep", "2", "--tpot-p99", "0.5", "--output", str(out)]
+    assert main(["--profile", profile, "--requests", "5", "--output-tokens", "1", "--prompt", "40", *goal]) == 0
+    assert json.loads(out.read_text())[-1]["tpot_p99"] is None
+
+
+def test_hashes_of_any_width_are_ids(profile: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    line = {"timestamp": 0, "input_length": 600, "output_length": 3, "hash_ids": [2**64 - 1, 2**63]}
+    path.write_text(json.dumps(line))
+    assert main(["--profile", profile, "--trace", str(path), "--requests", "3"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -102,6 +173,12 @@ def test_bad_input_is_refused_in_words(
         ),
         ('{"timestamp": 0, "input_length": 5, "hash_ids": [1]}', "line 1: KeyError: 'output_length'"),
         ('{"turns": [{"u": "x"}]}', "line 1: KeyError: 'a'"),
+        ('{"hash_ids": ' + "[" * 100_000, "line 1: RecursionError"),
+        (
+            '{"timestamp": NaN, "input_length": 5, "output_length": 1, "hash_ids": [1]}',
+            "must be 0 or more",
+        ),
+        ('{"timestamp": 0, "input_length": Infinity, "output_length": 1, "hash_ids": [1]}', "OverflowError"),
     ],
 )
 def test_a_bad_trace_is_refused_with_its_line(
