@@ -232,6 +232,12 @@ class EngineConfig:
             delay is None or 0 < delay <= 86400,
             f"--max-queue-delay must be above 0 and at most 86400 seconds, not {delay}",
         )
+        measured = self.calibrate_s > 0 and self.warmup is not Warmup.NONE
+        need(
+            delay is None or measured,
+            "--max-queue-delay goes by predicted seconds, so costs must be measured: leave out --calibrate-s 0 and "
+            "--warmup none",
+        )
         if self.tenant_weights is not None:
             parse_weights(self.tenant_weights)
         need(0 <= self.seed < 2**63, f"--seed must be from 0 to 2**63 - 1, not {self.seed}")

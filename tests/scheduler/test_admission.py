@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
-from jmemserve.config import EngineConfig, Role
+from jmemserve.config import EngineConfig, Role, Warmup
 from jmemserve.errors import ConfigError, Overloaded
 from jmemserve.scheduler.admission import LATEST_RETRY_S, SOONEST_RETRY_S, Limits, in_line
+from jmemserve.scheduler.cost_model import Profile
 from jmemserve.scheduler.fairness import LEVEL_TOKENS
 from jmemserve.scheduler.gateway import Gateway
 from jmemserve.scheduler.messages import Submit
+from jmemserve.scheduler.policies import POLICIES
 from jmemserve.scheduler.router import Router
 from jmemserve.types import Event, FinishReason, Request, SamplingParams
 
@@ -145,3 +147,23 @@ def test_weights_that_make_no_sense(text: str) -> None:
 def test_too_many_weights() -> None:
     with pytest.raises(ConfigError, match="names 1025 tenants; 1024 are possible"):
         EngineConfig(tenant_weights=",".join(f"t{number}=1" for number in range(1025)))
+
+
+def test_a_limit_on_the_delay_needs_costs() -> None:
+    for without in ({"calibrate_s": 0.0}, {"warmup": Warmup.NONE}):
+        with pytest.raises(ConfigError, match="costs must be measured"):
+            EngineConfig(max_queue_delay_s=1.0, **without)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_limit_holds_with_every_policy_and_for_who_tries_again(policy: str) -> None:
+    """What was refused left no promise behind that would make the next try look cheap."""
+    router = Router([("colocated0", Role.COLOCATED)], 16, policy)
+    router.set_profile("colocated0", Profile(steps=((1, 1, 0.01), (64, 8, 0.1))))
+    gateway = Gateway(router, Limits(max_queue=100, max_queue_delay_s=1.0))
+    for number in range(6):
+        prompt = tuple(range(2048))
+        with pytest.raises(Overloaded, match="would take some 3.2 s"):
+            gateway.submit(Request(f"r{number}", prompt, SamplingParams(max_tokens=4), 0), 0.0)
+    assert len(gateway) == len(router) == 0
+    router.check()
