@@ -111,7 +111,7 @@ def test_swapping_stops_where_it_costs_more_than_computing(model, truth) -> None
         for _ in range(2):
             assert driver.generate(prompts, GREEDY) == expected
         for _ in range(20):  # swaps have become slow
-            instance._costs.swap(1, 10.0)
+            instance.costs.swapped_in(1, 10.0)
         assert driver.generate(prompts, GREEDY) == expected
         before = instance.pool.stats()
         assert driver.generate(prompts, GREEDY) == expected
