@@ -2,21 +2,26 @@
 
     python benchmarks/simulate.py --output results/simulate-cpu.json --plot results/simulate-cpu.png
     python benchmarks/simulate.py --mesh prefill+decode --requests 20 --rate 0.5
+    python benchmarks/simulate.py --again results/simulate-cpu.json      simulate again what was measured there
     python benchmarks/simulate.py --quick                  small sizes: shows that it works, measures nothing
 
 Each arrangement serves Poisson arrivals, really (a server process, asked over gRPC) and on virtual time. What steps and
-transfers cost is what the instances themselves have learnt while other requests warmed them up, as ``--profile`` of the
-client shows it: instances of one machine slow each other, and only they know by how much. A few requests, one after
-the other, show what the front-end and gRPC add to a first token. The aim is that the medians of TTFT and JCT agree
-within 15 %.
+transfers usually take is what the instances themselves have learnt while other requests warmed them up, as the
+client's ``--profile`` shows it. A few requests, one after the other, show what the front-end and gRPC add to a first
+token. Instances of one machine share its cores: two that calibrate at the same time show how many can work at full
+speed, and the simulator is told. The aim is that the medians of TTFT and JCT agree within 15 %.
 """
 
 import argparse
+import dataclasses
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import machine
 import numpy as np
@@ -42,20 +47,18 @@ def main() -> None:
     args = _parser().parse_args()
     about = machine.about()
     print(json.dumps(about, indent=2))
+    found = json.loads(args.again.read_text()) if args.again else measure(args) | about
     rows: list[Row] = []
     curves: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        front_end_s = overhead(args, Path(name))
-        print(f"the front-end and gRPC add {1e3 * front_end_s:.1f} ms to a first token")
-        for mesh in tqdm(args.mesh, unit="arrangement"):
-            measured, profiles = serve(args, mesh, Path(name))
-            simulated = simulate(args, mesh, profiles, front_end_s)
-            rows += [compare(mesh, figure, measured, simulated) for figure in ("ttft_ms", "tpot_ms", "jct_ms")]
-            curves[mesh] = {
-                f"{how} {figure[:4].upper()}": sorted(figures(asked)[figure])
-                for figure in ("ttft_ms", "jct_ms")
-                for how, asked in (("measured", measured), ("simulated", simulated))
-            }
+    for run in found["runs"]:
+        measured = [Asked(*one) for one in run["asked"]]
+        simulated = simulate(args, run, found["full_speed"], found["front_end_s"])
+        rows += [compare(run["mesh"], figure, measured, simulated) for figure in ("ttft_ms", "tpot_ms", "jct_ms")]
+        curves[run["mesh"]] = {
+            f"{how} {figure[:4].upper()}": sorted(figures(asked)[figure])
+            for figure in ("ttft_ms", "jct_ms")
+            for how, asked in (("measured", measured), ("simulated", simulated))
+        }
     print_rows(rows)
     aims = [
         Aim(f"{row['mesh']}: medians of {row['figure']} differ by", abs(float(row["error_percent"])), AIM, "%")
@@ -65,24 +68,61 @@ def main() -> None:
     for aim in aims:
         print(aim)
     if args.output:
-        args.output.write_text(json.dumps(about | {"front_end_s": front_end_s, "rows": rows}, indent=1) + "\n")
+        args.output.write_text(json.dumps(found | {"simulated_by": about["jmemserve"], "rows": rows}, indent=1) + "\n")
     if args.plot:
         from simulate_parts import plots
 
-        plots.draw(curves, args.plot, f"{about['cpu']}, {about['cores']} cores, {about['jmemserve']}")
+        plots.draw(curves, args.plot, f"{found['cpu']}, {found['cores']} cores, {about['jmemserve']}")
     if not args.quick and not all(aim.met for aim in aims):
         raise SystemExit("an aim was missed")
 
 
-def serve(args: argparse.Namespace, mesh: str, folder: Path) -> tuple[list[Asked], dict[str, Profile]]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All that comes from the machine."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        speed, front_end_s = full_speed(args, folder), overhead(args, folder)
+        print(f"{speed:.2f} instances of this machine can work at full speed")
+        print(f"the front-end and gRPC add {1e3 * front_end_s:.1f} ms to a first token")
+        runs = []
+        for mesh in tqdm(args.mesh, unit="arrangement"):
+            measured, profiles = serve(args, mesh, folder)
+            asked = [dataclasses.astuple(one) for one in measured]
+            runs.append({"mesh": mesh, "profiles": profiles, "asked": asked})
+    return {"full_speed": speed, "front_end_s": front_end_s, "runs": runs}
+
+
+def full_speed(args: argparse.Namespace, folder: Path) -> float:
+    """How many instances work at full speed when two do: one measures alone, then two at the same time."""
+    [alone], together = calibrate(args, folder, 1), calibrate(args, folder, 2)
+    slower = [
+        other / one for profile in together for (*_, one), (*_, other) in zip(alone.steps, profile.steps, strict=True)
+    ]
+    return len(together) / max(1.0, median(slower))
+
+
+def calibrate(args: argparse.Namespace, folder: Path, count: int) -> list[Profile]:
+    """So many processes measure at the same time."""
+    paths = [folder / f"profile{count}.{number}.json" for number in range(count)]
+    command = [sys.executable, "-m", "jmemserve.calibrate", "--budget-s", str(2 * args.budget_s)]
+    flags = [t for name, value in _flags(args).items() if name != "calibrate-s" for t in (f"--{name}", value)]
+    running = [
+        subprocess.Popen([*command, *flags, "--output", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for path in paths
+    ]
+    for process in running:
+        out, _ = process.communicate(timeout=600)
+        if process.returncode:
+            raise SystemExit(out.decode()[-2000:])
+    return [Profile.from_json(path.read_text()) for path in paths]
+
+
+def serve(args: argparse.Namespace, mesh: str, folder: Path) -> tuple[list[Asked], dict[str, str]]:
     """What the clients of a real server see, and what its instances had learnt of their costs before."""
     with real.serve("cost", mesh, _flags(args), folder / "server.log") as server:
         server.play(_sessions(_load(args, args.seed + 1), server.vocab_size))
-        members = server.client.cluster().members
-        return (
-            server.play(_sessions(_load(args), server.vocab_size)),
-            {member.name: Profile.from_json(member.profile) for member in members},
-        )
+        profiles = {member.name: member.profile for member in server.client.cluster().members}
+        return server.play(_sessions(_load(args), server.vocab_size)), profiles
 
 
 def overhead(args: argparse.Namespace, folder: Path) -> float:
@@ -100,10 +140,11 @@ def overhead(args: argparse.Namespace, folder: Path) -> float:
     return median(found)
 
 
-def simulate(args: argparse.Namespace, mesh: str, profiles: dict[str, Profile], front_end_s: float) -> list[Asked]:
+def simulate(args: argparse.Namespace, run: dict[str, Any], speed: float, front_end_s: float) -> list[Asked]:
     """The same on virtual time."""
+    profiles = {name: Profile.from_json(text) for name, text in run["profiles"].items()}
     engine = EngineConfig(kv_cache_tokens=args.kv_tokens)
-    cluster = SimCluster(Setting(parse_mesh(mesh), profiles, engine, front_end_s=front_end_s))
+    cluster = SimCluster(Setting(parse_mesh(run["mesh"]), profiles, engine, cores=speed, front_end_s=front_end_s))
     cluster.run(_load(args))
     cluster.check()
     return [Asked(o.prompt, o.cached, o.ttft, o.jct, o.tokens) for o in cluster.outcomes]
@@ -172,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget-s", type=float, default=8.0, help="to calibrate each instance before it serves")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compilation-cache-dir", default=default_cache_dir())
+    parser.add_argument("--again", type=Path, help="what --output wrote, with the same sizes")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--quick", action=_Quick, nargs=0, default=False)

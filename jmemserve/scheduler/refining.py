@@ -1,21 +1,25 @@
 """What steps, transfers and swaps really take, held against a profile, which follows them slowly.
 
 The fit at warm-up had an idle machine for a moment; what runs beside the instance later it could not know. A factor
-per kind of step (packed, or one token per row) follows the measurements, with little weight for each; a profile that
-has moved by a tenth is news. Pure: nothing here reads a clock.
+per kind of step (packed, or one token per row) is the median over the last measurements, so that it says what is usual
+and a few steps that something held up change nothing; a profile that has moved by a tenth is news. Pure: nothing here
+reads a clock.
 """
 
 import dataclasses
 import math
+from collections import deque
+from statistics import median
 
 from jmemserve.scheduler.cost_model import CostModel, Profile
 from jmemserve.scheduler.fitting import per_call_and_item
 from jmemserve.scheduler.plan import StepShape
 
-WEIGHT = 0.05  # of the newest measurement
+WEIGHT = 0.05  # of the newest measurement, in the mean error
+RECENT = 64  # steps of a kind that say what is usual
 MOVED = 0.1  # a profile is told when a cost has moved by this share
 ENOUGH = 16  # measurements before a cost is corrected
-FAR = 4.0  # a measurement counts as at most so many times its prediction, or as little
+FAR = 4.0  # an error counts as at most so much
 KEPT = 32  # transfers, and swaps, of which the costs are those
 
 
@@ -25,10 +29,11 @@ class Refiner:
     def __init__(self, profile: Profile | None = None):
         self.profile = profile
         self._model = None if profile is None else CostModel(profile)
-        self._factors = {True: _Factor(), False: _Factor()}  # of packed steps, of others
+        # Measured seconds over predicted ones, of packed steps and of others.
+        self._ratios: dict[bool, deque[float]] = {True: deque(maxlen=RECENT), False: deque(maxlen=RECENT)}
         self._transfers: list[tuple[int, float]] = []
         self._swaps: list[tuple[int, float]] = []
-        self._error = _Factor(0.0)
+        self._error = _Mean()
 
     @property
     def error(self) -> float:
@@ -42,7 +47,7 @@ class Refiner:
         predicted = self._model.rows_s(shape, rows)
         self._error.add(min(FAR, abs(predicted - seconds) / seconds))
         if predicted > 0:
-            self._factors[shape.tokens > shape.seqs].add(min(FAR, max(1 / FAR, seconds / predicted)))
+            self._ratios[shape.tokens > shape.seqs].append(seconds / predicted)
 
     def transfer(self, blocks: int, seconds: float) -> None:
         """So many blocks came from another instance in so long."""
@@ -58,10 +63,10 @@ class Refiner:
         if old is None:
             return None
         changes: dict[str, float | tuple] = {}
-        for packed, factor in self._factors.items():
-            if factor.count >= ENOUGH and _moved(1.0, factor.value):
-                changes |= _scaled(dataclasses.replace(old, **changes), packed, factor.value)  # type: ignore[arg-type]
-                self._factors[packed] = _Factor()
+        for packed, ratios in self._ratios.items():
+            if len(ratios) >= ENOUGH and _moved(1.0, factor := median(ratios)):
+                changes |= _scaled(dataclasses.replace(old, **changes), packed, factor)  # type: ignore[arg-type]
+                ratios.clear()
         for name, points in (("transfer", self._transfers), ("swap", self._swaps)):
             if len(points) < ENOUGH:
                 continue
@@ -78,10 +83,10 @@ class Refiner:
 
 
 @dataclasses.dataclass(slots=True)
-class _Factor:
-    """An exponentially weighted mean; the first measurements count alike."""
+class _Mean:
+    """Exponentially weighted; the first measurements count alike."""
 
-    value: float = 1.0
+    value: float = 0.0
     count: int = 0
 
     def add(self, new: float) -> None:
