@@ -58,6 +58,14 @@ class Warmup(enum.Enum):
     NONE = "none"  # nothing: each shape is compiled when first met (for debugging)
 
 
+class AttentionBackend(enum.Enum):
+    """Who computes paged attention: the names of ``jmemserve.kernels``."""
+
+    AUTO = "auto"  # the best that devices and model allow
+    XLA = "xla"  # plain XLA operations: everywhere
+    REFERENCE = "reference"  # the plainest way, for comparisons: slow
+
+
 class BlockLayout(enum.Enum):
     """How the pages of all layers lie in device memory (paper section 5.2)."""
 
@@ -151,6 +159,7 @@ class EngineConfig:
     kv_cache_tokens: int | None = None  # size of the KV pool instead; at most one of the two
     host_memory_gb: float = 0.0  # DRAM of each instance's pool, in GiB; 0: none
     swap: SwapPolicy = SwapPolicy.AUTO
+    attention: AttentionBackend = AttentionBackend.AUTO
     block_layout: BlockLayout = BlockLayout.AGGREGATED
     transfer_granularity: Granularity = Granularity.AUTO
     caching: Caching = Caching.FULL

@@ -8,7 +8,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jmemserve.kernels.rule import Rule
 from jmemserve.models import ModelConfig
+from jmemserve.models.decoder import Ops
 
 
 def model_mesh(size: int = 1) -> Mesh:
@@ -16,16 +18,18 @@ def model_mesh(size: int = 1) -> Mesh:
     return Mesh(np.array(jax.devices()[:size]), ("model",))
 
 
-def dense_attend(cache, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None):
+def dense_attend(cache, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, rule: Rule):
     """Causal attention of a whole sequence to itself; the cache is handed through."""
     num, heads, head_dim = q.shape
     kv_heads = k.shape[1]
-    grouped = q.reshape(num, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32) * head_dim**-0.5
+    grouped = q.reshape(num, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32) * rule.scale
     scores = jnp.einsum("tkgh,skh->kgts", grouped, k.astype(jnp.float32), precision="highest")
+    if rule.soft_cap is not None:
+        scores = rule.soft_cap * jnp.tanh(scores / rule.soft_cap)
     place = jnp.arange(num)
     seen = place[None] <= place[:, None]
-    if window is not None:
-        seen &= place[None] > place[:, None] - window
+    if rule.window is not None:
+        seen &= place[None] > place[:, None] - rule.window
     weights = jax.nn.softmax(jnp.where(seen[None, None], scores, -jnp.inf), axis=-1)
     out = jnp.einsum("kgts,skh->tkgh", weights, v.astype(jnp.float32), precision="highest")
     return out.reshape(q.shape).astype(q.dtype), cache
@@ -36,7 +40,7 @@ def _forward(graph: nnx.GraphDef, length: int):
     @jax.jit
     def run(state, tokens):
         model = nnx.merge(graph, state)
-        hidden, _ = model(tokens, jnp.arange(length), None, dense_attend)
+        hidden, _ = model(tokens, jnp.arange(length), None, Ops(dense_attend))
         return model.logits(hidden)
 
     return run

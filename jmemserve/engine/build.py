@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from jmemserve.config import (
     BlockLayout,
@@ -24,8 +25,10 @@ from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.mesh import device_memory, make_mesh
 from jmemserve.engine.report import Report
 from jmemserve.engine.runner import Runner
+from jmemserve.engine.selftest import check_arithmetic
 from jmemserve.engine.world import smallest
 from jmemserve.errors import ConfigError
+from jmemserve.kernels.choice import Need, choose
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool import BlockPool, Flags, Granularity
 from jmemserve.kvpool.arena import HostArena, make_arena
@@ -120,6 +123,7 @@ def build(
     """
     mesh = make_mesh(spec, num_devices)
     dtype = resolve_dtype(engine, config)
+    attention = _choose_attention(engine, config, mesh, dtype, report)
     with report.phase(f"{spec.name}: weights ({weights.num_bytes(config, dtype) / 1e6:,.1f} MB {dtype})"):
         bar = report.bar(f"{spec.name}: weights", weights.num_bytes(config, dtype), "B")
         done = 0
@@ -161,7 +165,7 @@ def build(
         return _largest_of_each_kind(shapes) if engine.warmup is Warmup.FAST else shapes
 
     shapes = shapes_of(spec.role)
-    runner = Runner(graph, state, store, mesh, shapes, config.vocab_size, max_model_len)
+    runner = Runner(graph, state, store, mesh, shapes, config.vocab_size, max_model_len, attention)
     if engine.warmup is not Warmup.NONE:
         programs = len(runner.programs())
         counter = CompileCounter()
@@ -205,6 +209,34 @@ def build(
         shapes_of,
         max_model_len,
     )
+
+
+def _choose_attention(engine: EngineConfig, config: ModelConfig, mesh: Mesh, dtype: str, report: Report) -> str:
+    """The backend's name, after it has computed something right on a device of this mesh."""
+    device = mesh.local_devices[0]
+    rules = [config.rule(layer) for layer in range(config.num_layers)]
+    need = Need(
+        device.platform,
+        device.device_kind,
+        dtype,
+        max(1, config.num_kv_heads // mesh.size),
+        config.group,
+        config.head_dim,
+        engine.block_size,
+        config.num_layers,
+        engine.block_layout is BlockLayout.AGGREGATED,
+        window=any(rule.window is not None for rule in rules),
+        soft_cap=any(rule.soft_cap is not None for rule in rules),
+    )
+    try:
+        choice = choose(engine.attention.value, need)
+    except ValueError as error:
+        raise ConfigError(f"--attention: {error}") from None
+    for name, reason in choice.refused:
+        report.line(f"    attention: not {name}: {reason}")
+    off_by = check_arithmetic(device, choice.name, need)
+    report.line(f"    attention: {choice.name} (error beside numpy {off_by:.1g})")
+    return choice.name
 
 
 def model_identity(engine: EngineConfig, config: ModelConfig, dtype: str) -> str:

@@ -21,10 +21,8 @@ from jmemserve.config import ClusterSpec
 from jmemserve.engine.build import build, model_folder, read_model_config
 from jmemserve.engine.channel import Follower, Leader, Message
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
-from jmemserve.engine.mesh import make_mesh
 from jmemserve.engine.report import Report
 from jmemserve.engine.runner import Order, Runner
-from jmemserve.engine.selftest import check_arithmetic
 from jmemserve.errors import TransferError
 from jmemserve.kvpool.store import SpanningStore
 from jmemserve.kvpool.transports.local import LocalExchange
@@ -88,7 +86,6 @@ def run_follower(spec: ClusterSpec, follower: Follower, report: Report) -> None:
     config = read_model_config(engine)
     if engine.compilation_cache_dir is not None:
         keep_compilations(engine.compilation_cache_dir)
-    check_arithmetic(make_mesh(spec.instances[0], spec.num_devices))
     parts = build(spec.instances[0], engine, config, spec.num_devices, 0, LocalExchange(), report)
     counter = CompileCounter()
     report.line("follows process 0")

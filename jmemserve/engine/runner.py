@@ -20,8 +20,10 @@ from jax.sharding import PartitionSpec as P
 from jmemserve.engine import sampling
 from jmemserve.engine.mesh import AXIS
 from jmemserve.kernels import Ragged, attention_backend
-from jmemserve.kernels.pages import page_axes, write_kv
+from jmemserve.kernels.pages import page_axes
+from jmemserve.kernels.rule import Rule
 from jmemserve.kvpool.store import PageStore
+from jmemserve.models.decoder import Ops
 from jmemserve.scheduler.plan import Plan, StepShape
 from jmemserve.types import INVALID, MAX_STOP_IDS, TokenLogprobs
 
@@ -194,10 +196,6 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str) -> Call
     """The traced step: (leaves, pages, last, ints, (shape, width)) -> (pages, logits [V, B])."""
     kernel = attention_backend(backend)
 
-    def write_and_attend(pages, q, k, v, ragged: Ragged, layer: int, window: int | None):
-        pages = write_kv(pages, layer, ragged.slots, k, v)
-        return kernel(q, pages, layer, ragged, window), pages
-
     def step(leaves, pages, last, ints, key: tuple[StepShape, int]):
         shape, width = key
         tokens, ragged, from_last = _unpack(ints, shape, width)
@@ -205,9 +203,9 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str) -> Call
         at = jnp.where(from_last >= 0, ends, shape.tokens)
         tokens = tokens.at[at].set(last[jnp.maximum(from_last, 0)], mode="drop")
 
-        def attend(pages, layer: int, q, k, v, window: int | None):
+        def attend(pages, layer: int, q, k, v, rule: Rule):
             def local(pages, q, k, v, ragged):
-                return write_and_attend(pages, q, k, v, ragged, layer, window)
+                return kernel(q, k, v, pages, layer, ragged, rule)
 
             if mesh.size == 1:
                 return local(pages, q, k, v, ragged)
@@ -217,7 +215,7 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str) -> Call
             return sharded(pages, q, k, v, ragged)
 
         model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
-        hidden, pages = model(tokens, ragged.positions, pages, attend)
+        hidden, pages = model(tokens, ragged.positions, pages, Ops(attend))
         return pages, model.logits(hidden[:, ends])
 
     return step

@@ -1,43 +1,55 @@
-"""Is the arithmetic right? A small attention on every instance's first device, beside numpy, before anything is served.
+"""Is the arithmetic right? A small attention on an instance's first device, beside numpy, before anything is served.
 
-Some releases of XLA have given wrong numbers silently; a server that starts on one must say so instead of serving.
+Some releases of XLA have given wrong numbers silently, and a kernel may meet a device that nobody has tried; a server
+that starts on one must say so instead of serving.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jmemserve.errors import ConfigError
 from jmemserve.kernels import Ragged, attention_backend
+from jmemserve.kernels.choice import Need
+from jmemserve.kernels.rule import Rule
 
-ROWS, HEADS, KV_HEADS, HEAD, SIZE, PAGES = 3, 4, 2, 16, 4, 8
+CONTEXT = (70, 3, 33)  # tokens of each row
+NEW = (40, 1, 5)  # of these, the new ones
 
 
-def check_arithmetic(mesh: Mesh, attention: str = "xla") -> float:
-    """Largest error of paged attention against numpy. Raises ConfigError if it is not small."""
+def check_arithmetic(device: jax.Device, attention: str, need: Need) -> float:
+    """Largest error of a backend against numpy, in sizes as the model has them. Raises ConfigError if not small."""
     rng = np.random.default_rng(0)
-    q = rng.normal(size=(ROWS, HEADS, HEAD)).astype(np.float32)
-    pages = rng.normal(size=(PAGES, 1, 2, KV_HEADS, SIZE, HEAD)).astype(np.float32)
-    tables = np.array([[1, 2], [3, 4], [5, 6]], np.int32)
-    context = np.array([8, 3, 5], np.int32)
-    starts = np.arange(ROWS + 1, dtype=np.int32)
-    with jax.default_device(mesh.local_devices[0]):
-        places = (jnp.asarray(x) for x in (context - 1, np.zeros_like(context), tables, context, starts))
-        kernel = jax.jit(lambda q, pages, ragged: attention_backend(attention)(q, pages, 0, ragged, None))
-        got = np.asarray(kernel(jnp.asarray(q), jnp.asarray(pages), Ragged(*places)))
+    kv_heads, size, dtype = need.num_kv_heads, need.block_size, jnp.dtype(need.dtype)
+    width = -(-max(CONTEXT) // size)
+    kv = rng.normal(size=(2, len(CONTEXT), width * size, kv_heads, need.head_dim)).astype(dtype)
+    q = rng.normal(size=(sum(NEW), kv_heads, need.group, need.head_dim)).astype(dtype)
+    tables = 1 + rng.permutation(len(CONTEXT) * width).astype(np.int32).reshape(len(CONTEXT), width)
+    pages = np.zeros((1 + tables.size, 1, 2, kv_heads, size, need.head_dim), dtype)
+    pages[tables, 0] = kv.reshape(2, *tables.shape, size, kv_heads, -1).transpose(1, 2, 0, 4, 3, 5)
+    row = np.repeat(np.arange(len(NEW)), NEW)
+    starts = np.cumsum((0, *NEW)).astype(np.int32)
+    position = (np.array(CONTEXT)[row] - starts[1:][row] + np.arange(len(row))).astype(np.int32)
+    slots = (tables[row, position // size] * size + position % size).astype(np.int32)
+    scale = need.head_dim**-0.5
+    with jax.default_device(device):
+        ragged = Ragged(*(jnp.asarray(x) for x in (position, slots, tables, np.array(CONTEXT, np.int32), starts)))
+        given = (jnp.asarray(x) for x in (q.reshape(len(row), -1, need.head_dim), *kv[:, row, position]))
+        laid = jnp.asarray(pages) if need.aggregated else (jnp.asarray(pages[:, 0]),)
+        kernel = attention_backend(attention)
+        run = jax.jit(lambda q, k, v, pages: kernel(q, k, v, pages, 0, ragged, Rule(scale))[0])
+        got = np.asarray(run(*given, laid)).astype(np.float64)
     error = 0.0
-    for row in range(ROWS):
-        kv = pages[tables[row], 0].transpose(1, 2, 0, 3, 4).reshape(2, KV_HEADS, -1, HEAD)[:, :, : context[row]]
-        grouped = q[row].reshape(KV_HEADS, HEADS // KV_HEADS, HEAD)
-        scores = np.einsum("kgh,ksh->kgs", grouped, kv[0]) * HEAD**-0.5
+    for token, (b, place) in enumerate(zip(row, position, strict=True)):
+        k, v = kv[:, b, : place + 1].astype(np.float64)
+        scores = np.einsum("kgh,skh->kgs", q[token].astype(np.float64), k) * scale
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        expected = np.einsum("kgs,ksh->kgh", weights, kv[1]).reshape(HEADS, HEAD)
-        error = max(error, float(np.abs(got[row] - expected).max()))
-    if not error < 2e-2:  # bfloat16 products of an accelerator's default precision are this good
+        expected = np.einsum("kgs,skh->kgh", weights, v).reshape(-1, need.head_dim)
+        error = max(error, float(np.abs(got[token] - expected).max()))
+    if not error < 3e-2:  # bfloat16 products of an accelerator's default precision are this good
         raise ConfigError(
-            f"this machine computes attention wrongly (error {error:.3g} beside numpy, jax {jax.__version__}); "
-            "install another release of jax and jaxlib"
+            f"this machine computes attention by {attention!r} wrongly (error {error:.3g} beside numpy, jax "
+            f"{jax.__version__}); choose another --attention, or install another release of jax and jaxlib"
         )
     return error

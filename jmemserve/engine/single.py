@@ -12,9 +12,8 @@ from jmemserve.engine.compiles import CompileCounter, keep_compilations
 from jmemserve.engine.instance import Instance
 from jmemserve.engine.links import Exchange, LocalLinks, Side
 from jmemserve.engine.local import Host
-from jmemserve.engine.mesh import describe_devices, make_mesh
+from jmemserve.engine.mesh import describe_devices
 from jmemserve.engine.report import Report
-from jmemserve.engine.selftest import check_arithmetic
 from jmemserve.errors import Unavailable
 from jmemserve.kvpool.transports.local import LocalExchange
 from jmemserve.scheduler.messages import Beat, FromInstance, MemberState, ToInstance
@@ -61,7 +60,6 @@ def start_instances(cluster: Cluster, report: Report) -> Callable[[], None]:
         keep_compilations(engine.compilation_cache_dir)
     with report.phase("devices"):
         grid = describe_devices(spec)
-        check_arithmetic(make_mesh(spec.instances[0], spec.num_devices))
     for line in grid:
         report.line(f"    {line}")
     check_host_memory(engine, len(spec.instances))

@@ -17,12 +17,12 @@ tokens are written there.
 
 import dataclasses
 import importlib
-from collections.abc import Callable
 from typing import Protocol
 
 import jax
 
 from jmemserve.kernels.pages import Pages
+from jmemserve.kernels.rule import Rule
 
 
 @jax.tree_util.register_dataclass
@@ -38,26 +38,36 @@ class Ragged:
 
 
 class Attention(Protocol):
-    """Attention of new tokens to everything before them in their own sequence."""
+    """Writes the keys and values of new tokens, and attends from each to everything before it in its own sequence."""
 
-    def __call__(self, q: jax.Array, pages: Pages, layer: int, ragged: Ragged, window: int | None) -> jax.Array:
-        """q: [T, N, H], pages with the new tokens already written.
+    def __call__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pages: Pages,
+        layer: int,
+        ragged: Ragged,
+        rule: Rule,
+        sinks: jax.Array | None = None,
+    ) -> tuple[jax.Array, Pages]:
+        """q: [T, N, H], k and v: [T, K, H] of the new tokens; -> ([T, N, H], the pages with k and v in their slots).
 
-        ``window``: each token sees at most that many tokens, itself included. Returns [T, N, H]; tokens of padding
-        come back as finite garbage.
+        The pages are written in place when they are donated. ``sinks``: f32[N], one more score of every head whose
+        value is nothing. Tokens of padding come back as finite garbage.
         """
         ...
 
 
-_BACKENDS = {"xla": "jmemserve.kernels.xla", "reference": "jmemserve.kernels.reference"}
+BACKENDS = {"xla": "jmemserve.kernels.xla", "reference": "jmemserve.kernels.reference"}
 
 
 def attention_backend(name: str) -> Attention:
     """The paged attention of that name. Raises KeyError for an unknown one."""
-    function: Callable[..., jax.Array] = importlib.import_module(_BACKENDS[name]).paged_attention
+    function: Attention = importlib.import_module(BACKENDS[name]).attend
     return function
 
 
 def pair_tile(name: str) -> int:
     """Queries, and keys, that the attention of that name looks at in one go where a row has several new tokens."""
-    return int(getattr(importlib.import_module(_BACKENDS[name]), "TILE", 1))
+    return int(getattr(importlib.import_module(BACKENDS[name]), "TILE", 1))

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmemserve.kernels import Ragged
-from jmemserve.kernels.pages import Pages, page_sizes, read_rows
+from jmemserve.kernels.pages import Pages, page_sizes, read_rows, write_kv
+from jmemserve.kernels.rule import Rule
 
 SPAN = 64  # keys per item when rows have one new token: their bytes stay in cache between the two products
 ITEMS = 16  # items per visit
@@ -24,30 +25,50 @@ TILE_SPAN = 128  # keys that a tile looks at in one go
 NEVER = -1e30  # a score that is never seen; finite, so that fully masked partial results stay finite
 
 
-def paged_attention(q: jax.Array, pages: Pages, layer: int, ragged: Ragged, window: int | None) -> jax.Array:
+def why_not(need: object) -> None:
+    """Nothing: it serves every model on every device."""
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: Pages,
+    layer: int,
+    ragged: Ragged,
+    rule: Rule,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, Pages]:
     """See ``jmemserve.kernels.Attention``."""
+    pages = write_kv(pages, layer, ragged.slots, k, v)
     num_tokens, num_rows = q.shape[0], ragged.context.shape[0]
     lengths = ragged.starts[1:] - ragged.starts[:-1]  # B: new tokens of each row
     tables = _whole_spans(ragged.tables, page_sizes(pages)[1], max(SPAN, TILE_SPAN))
     if num_tokens == num_rows:  # the shape of a step in which every row has one token
-        return _one_token_rows(q, pages, layer, tables, ragged.context, window)
+        return _one_token_rows(q, pages, layer, tables, ragged.context, rule, sinks), pages
     row_tokens = jnp.minimum(ragged.starts[:-1], num_tokens - 1)
     single = lengths == 1
-    ones = _one_token_rows(q[row_tokens], pages, layer, tables, jnp.where(single, ragged.context, 0), window)
-    out = _many_token_rows(q, pages, layer, ragged, tables, jnp.where(single, 0, lengths), window)
-    return out.at[jnp.where(single, row_tokens, num_tokens)].set(ones, mode="drop")
+    ones = _one_token_rows(q[row_tokens], pages, layer, tables, jnp.where(single, ragged.context, 0), rule, sinks)
+    out = _many_token_rows(q, pages, layer, ragged, tables, jnp.where(single, 0, lengths), rule, sinks)
+    return out.at[jnp.where(single, row_tokens, num_tokens)].set(ones, mode="drop"), pages
 
 
 def _one_token_rows(
-    q: jax.Array, pages: Pages, layer: int, tables: jax.Array, context: jax.Array, window: int | None
+    q: jax.Array,
+    pages: Pages,
+    layer: int,
+    tables: jax.Array,
+    context: jax.Array,
+    rule: Rule,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """q: [B, N, H], row b's only new token being its last one. Rows with context 0 cost nothing."""
     num_rows, num_heads, head_dim = q.shape
     kv_heads, size = page_sizes(pages)
     span, per_span = _span_of(size, SPAN)
     visit = min(ITEMS, num_rows)
-    grouped = q.reshape(num_rows, kv_heads, num_heads // kv_heads, head_dim).astype(jnp.float32) * head_dim**-0.5
-    low = jnp.zeros_like(context) if window is None else jnp.maximum(context - window, 0)
+    grouped = q.reshape(num_rows, kv_heads, num_heads // kv_heads, head_dim).astype(jnp.float32) * rule.scale
+    low = jnp.zeros_like(context) if rule.window is None else jnp.maximum(context - rule.window, 0)
     first = low // span  # B
     counts = jnp.where(context > 0, -(-context // span) - first, 0)
     ends = jnp.cumsum(counts)
@@ -62,7 +83,7 @@ def _one_token_rows(
         seen = (place < context[row][:, None]) & (place >= low[row][:, None]) & (item < total)[:, None]
         index = tables[row[:, None], chunk[:, None] * per_span + jnp.arange(per_span)[None]]
         k, v = (_rows_of(read_rows(pages, index, layer, half)) for half in (0, 1))  # visit, K, span, H
-        scores = jnp.einsum("bkgh,bksh->bkgs", grouped[row], k)
+        scores = _capped(jnp.einsum("bkgh,bksh->bkgs", grouped[row], k), rule)
         scores = jnp.where(seen[:, None, None], scores, NEVER)
         part_top = scores.max(-1)
         weights = jnp.where(seen[:, None, None], jnp.exp(scores - part_top[..., None]), 0)
@@ -76,7 +97,9 @@ def _one_token_rows(
 
     shape = grouped.shape[:3]
     start = (jnp.full(shape, NEVER), jnp.zeros(shape), jnp.zeros(grouped.shape))
-    _, mass, mixed = lax.fori_loop(0, -(-total // visit), body, start)
+    top, mass, mixed = lax.fori_loop(0, -(-total // visit), body, start)
+    if sinks is not None:
+        mass, mixed = _with_sinks(sinks.reshape(1, *shape[1:]), top, mass, mixed)
     return (mixed / jnp.maximum(mass, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
@@ -87,7 +110,8 @@ def _many_token_rows(
     ragged: Ragged,
     tables: jax.Array,
     lengths: jax.Array,
-    window: int | None,
+    rule: Rule,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """q: [T, N, H]; visits only the rows with ``lengths`` (i32[B]) above 0, tile by tile."""
     num_tokens, num_heads, head_dim = q.shape
@@ -106,22 +130,22 @@ def _many_token_rows(
         token = ragged.starts[row] + nth * tile
         here = jnp.minimum(lengths[row] - nth * tile, tile)  # queries of this tile that exist
         position = ragged.context[row] - lengths[row] + nth * tile + jnp.arange(tile)
-        queries = lax.dynamic_slice_in_dim(padded, token, tile).astype(jnp.float32) * head_dim**-0.5
+        queries = lax.dynamic_slice_in_dim(padded, token, tile).astype(jnp.float32) * rule.scale
         queries = queries.reshape(tile, kv_heads, group, head_dim).transpose(1, 2, 0, 3)
         queries = queries.reshape(kv_heads, group * tile, head_dim)
         high = position[0] + here  # keys from here on are seen by no query of this tile
-        low = jnp.int32(0) if window is None else jnp.maximum(position[0] - window + 1, 0)
+        low = jnp.int32(0) if rule.window is None else jnp.maximum(position[0] - rule.window + 1, 0)
 
         def one_span(chunk: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
             top, mass, mixed = carry
             place = chunk * span + jnp.arange(span)
             seen = (place[None] <= position[:, None]) & (place < high)[None]
-            if window is not None:
-                seen &= place[None] > position[:, None] - window
+            if rule.window is not None:
+                seen &= place[None] > position[:, None] - rule.window
             index = lax.dynamic_slice(tables, (row, chunk * per_span), (1, per_span))
             k, v = (_rows_of(read_rows(pages, index, layer, half))[0] for half in (0, 1))  # K, span, H
             v = jnp.where((place < high)[None, :, None], v, 0)
-            scores = jnp.einsum("kth,ksh->kts", queries, k).reshape(kv_heads, group, tile, span)
+            scores = _capped(jnp.einsum("kth,ksh->kts", queries, k), rule).reshape(kv_heads, group, tile, span)
             scores = jnp.where(seen[None, None], scores, NEVER)
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.where(seen[None, None], jnp.exp(scores - new_top[..., None]), 0)
@@ -132,7 +156,9 @@ def _many_token_rows(
 
         shape = (kv_heads, group, tile)
         start = (jnp.full(shape, NEVER), jnp.zeros(shape), jnp.zeros((*shape, head_dim)))
-        _, mass, mixed = lax.fori_loop(low // span, -(-high // span), one_span, start)
+        top, mass, mixed = lax.fori_loop(low // span, -(-high // span), one_span, start)
+        if sinks is not None:
+            mass, mixed = _with_sinks(sinks.reshape(kv_heads, group, 1), top, mass, mixed)
         result = (mixed / jnp.maximum(mass, 1e-30)[..., None]).transpose(2, 0, 1, 3).reshape(tile, num_heads, head_dim)
         old = lax.dynamic_slice_in_dim(out, token, tile)
         kept = jnp.where((jnp.arange(tile) < here)[:, None, None], result.astype(out.dtype), old)
@@ -140,6 +166,17 @@ def _many_token_rows(
 
     out = lax.fori_loop(0, ends[-1], one_tile, jnp.zeros_like(padded))
     return out[:num_tokens]
+
+
+def _capped(scores: jax.Array, rule: Rule) -> jax.Array:
+    return scores if rule.soft_cap is None else rule.soft_cap * jnp.tanh(scores / rule.soft_cap)
+
+
+def _with_sinks(sinks: jax.Array, top: jax.Array, mass: jax.Array, mixed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One more score per head in the sum, whose value is zero."""
+    new_top = jnp.maximum(top, sinks)
+    keep = jnp.exp(top - new_top)
+    return mass * keep + jnp.exp(sinks - new_top), mixed * keep[..., None]
 
 
 def _span_of(size: int, wanted: int) -> tuple[int, int]:

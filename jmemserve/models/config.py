@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jmemserve.errors import ConfigError
+from jmemserve.kernels.rule import Rule
 from jmemserve.models.fields import is_whole, read_json, take_count, take_flag, take_ids, take_positive
 from jmemserve.models.rope import RopeConfig, take_rope
 
@@ -32,6 +33,10 @@ class ModelConfig:
     dtype: str = "float32"  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()  # union of config.json and generation_config.json
     bos_token_id: int | None = None
+
+    def rule(self, layer: int) -> Rule:
+        """How a layer's tokens attend."""
+        return Rule(self.head_dim**-0.5, self.windows[layer])
 
     @property
     def group(self) -> int:

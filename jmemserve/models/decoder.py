@@ -5,6 +5,7 @@ for the few columns of decoding, XLA on CPU is then up to three times faster, an
 Queries, keys and values share one product, and so do the two inner halves of the feed-forward layer.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -12,19 +13,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jmemserve.kernels.rule import Rule
 from jmemserve.models.config import ModelConfig
 from jmemserve.models.describe import Weight, describe_layer, describe_top
 from jmemserve.models.rope import RopeConfig
 
 Cache = TypeVar("Cache")
-# (cache, layer, q [T, N, H], k [T, K, H], v [T, K, H], window) -> (out [T, N, H], cache)
-Attend = Callable[[Cache, int, jax.Array, jax.Array, jax.Array, int | None], tuple[jax.Array, Cache]]
+# (cache, layer, q [T, N, H], k [T, K, H], v [T, K, H], rule) -> (out [T, N, H], cache)
+Attend = Callable[[Cache, int, jax.Array, jax.Array, jax.Array, Rule], tuple[jax.Array, Cache]]
+Project = Callable[[jax.Array, jax.Array], jax.Array]  # ([out, in], [in, T]) -> f32[out, T]
 MakeParam = Callable[[str, Weight], nnx.Param]
 
 
 def project(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """[out, in] x [in, T] -> [out, T], summed in float32."""
-    return jnp.einsum("nk,kt->nt", weight, x, preferred_element_type=jnp.float32).astype(x.dtype)
+    """[out, in] x [in, T] -> f32[out, T], summed in float32."""
+    return jnp.einsum("nk,kt->nt", weight, x, preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ops:
+    """What a model leaves to others: how to attend, and how to multiply a weight with columns."""
+
+    attend: Attend
+    project: Project = project
 
 
 def rms_norm(weight: jax.Array, x: jax.Array, eps: float, axis: int) -> jax.Array:
@@ -67,18 +78,18 @@ class Layer(nnx.Module):
         for name, weight in describe_layer(config, index).items():
             setattr(self, name, make(f"layers.{index}.{name}", weight))
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, attend: Attend):
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, ops: Ops):
         with jax.named_scope("attention"):
-            out, cache = self._attention(x, cos, sin, cache, attend)
+            out, cache = self._attention(x, cos, sin, cache, ops)
         x = x + out
         with jax.named_scope("feed_forward"):
-            return x + self._feed_forward(x), cache
+            return x + self._feed_forward(x, ops.project), cache
 
-    def _attention(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, attend: Attend):
+    def _attention(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, ops: Ops):
         c, t = self.config, x.shape[1]
         group, heads = c.group, c.head_dim
         normed = rms_norm(self.attention_norm[...], x, c.norm_eps, axis=0)
-        qkv = project(self.qkv[...].reshape(-1, c.hidden_size), normed)
+        qkv = ops.project(self.qkv[...].reshape(-1, c.hidden_size), normed).astype(x.dtype)
         qkv = qkv.reshape(c.num_kv_heads, group + 2, heads, t)  # K G+2 H T
         if c.attention_bias:
             qkv = qkv + self.qkv_bias[...][..., None].astype(qkv.dtype)
@@ -89,14 +100,16 @@ class Layer(nnx.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q = q.transpose(3, 0, 1, 2).reshape(t, c.num_heads, heads)  # T N H
         k, v = k[:, 0].transpose(2, 0, 1), v.transpose(2, 0, 1)  # T K H
-        out, cache = attend(cache, self.index, q, k, v, c.windows[self.index])
-        return project(self.out[...].reshape(c.hidden_size, -1), out.reshape(t, -1).T), cache
+        out, cache = ops.attend(cache, self.index, q, k, v, c.rule(self.index))
+        out = ops.project(self.out[...].reshape(c.hidden_size, -1), out.reshape(t, -1).T)
+        return out.astype(x.dtype), cache
 
-    def _feed_forward(self, x: jax.Array) -> jax.Array:
+    def _feed_forward(self, x: jax.Array, project: Project) -> jax.Array:
         c, t = self.config, x.shape[1]
         normed = rms_norm(self.feed_forward_norm[...], x, c.norm_eps, axis=0)
-        both = project(self.gate_up[...].reshape(-1, c.hidden_size), normed).reshape(c.intermediate_size, 2, t)
-        return project(self.down[...], jax.nn.silu(both[:, 0]) * both[:, 1])
+        both = project(self.gate_up[...].reshape(-1, c.hidden_size), normed).astype(x.dtype)
+        both = both.reshape(c.intermediate_size, 2, t)
+        return project(self.down[...], jax.nn.silu(both[:, 0]) * both[:, 1]).astype(x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -112,18 +125,18 @@ class Decoder(nnx.Module):
             setattr(self, name, make(name, weight))
         self.layers = nnx.List([Layer(config, index, make) for index in range(config.num_layers)])
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, cache: Cache, attend: Attend):
+    def __call__(self, tokens: jax.Array, positions: jax.Array, cache: Cache, ops: Ops):
         """tokens, positions: i32[T]; returns (hidden [D, T], cache)."""
         with jax.named_scope("embed"):
             x = self.embed[...][tokens].T  # D T
         cos, sin = rope_angles(self.config.rope, self.config.head_dim, positions)
         for layer in self.layers:
-            x, cache = layer(x, cos, sin, cache, attend)
+            x, cache = layer(x, cos, sin, cache, ops)
         return x, cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, project: Project = project) -> jax.Array:
         """hidden [D, B] -> f32 [V, B]."""
         with jax.named_scope("logits"):
             normed = rms_norm(self.norm[...], hidden, self.config.norm_eps, axis=0)
             table = self.embed if self.config.tied_embeddings else self.lm_head
-            return jnp.einsum("nk,kt->nt", table[...], normed, preferred_element_type=jnp.float32)
+            return project(table[...], normed)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from jmemserve.config import (
+    AttentionBackend,
     BlockLayout,
     Bypass,
     Caching,
@@ -131,6 +132,7 @@ _ENGINE = (
     _engine_flag("kv_cache_tokens", int, "size of the KV pool in tokens, instead of --memory-utilization"),
     _engine_flag("host_memory_gb", float, "KV in host memory, in GiB per instance; 0: none"),
     _engine_flag("swap", SwapPolicy, "use host memory while it costs less than computing again, or always"),
+    _engine_flag("attention", AttentionBackend, "who computes paged attention"),
     _engine_flag("block_layout", BlockLayout, "how KV pages lie in device memory"),
     _engine_flag("transfer_granularity", Granularity, "how the bytes of moving blocks are cut"),
     _engine_flag("caching", Caching, "who keeps KV for later requests; full: decode-made KV goes back to prefill"),

@@ -26,10 +26,9 @@ from jmemserve.engine.channel import Follower, Leader
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
 from jmemserve.engine.links import Side
 from jmemserve.engine.local import Host
-from jmemserve.engine.mesh import describe_devices, make_mesh
+from jmemserve.engine.mesh import describe_devices
 from jmemserve.engine.replay import fingerprint, lead, run_follower
 from jmemserve.engine.report import Report
-from jmemserve.engine.selftest import check_arithmetic
 from jmemserve.engine.world import World, detect, join, leave
 from jmemserve.errors import ConfigError, JmemserveError, TransferError, Unavailable
 from jmemserve.kvpool.transports.local import LocalExchange
@@ -231,7 +230,6 @@ class Worker:
         with report.phase("devices"):
             for line in describe_devices(cluster):
                 report.line(f"    {line}")
-            check_arithmetic(make_mesh(spec, cluster.num_devices))
         check_host_memory(engine, 1)
         config = read_model_config(engine)
         ways = functools.partial(ways_to_others, secret=self._secret, listen=self._config.listen)

@@ -11,6 +11,7 @@ from jmemserve.engine import selftest
 from jmemserve.engine.mesh import make_mesh
 from jmemserve.engine.runner import Runner
 from jmemserve.errors import ConfigError
+from jmemserve.kernels.choice import Need
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool.store import PageStore
 from jmemserve.models import load_config, weights
@@ -55,8 +56,12 @@ def test_blocks_move_between_meshes_of_different_sizes() -> None:
     assert len(target.pages.sharding.device_set) == 2
 
 
-def test_arithmetic_is_checked(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert selftest.check_arithmetic(mesh) < 1e-5
-    monkeypatch.setattr(selftest, "attention_backend", lambda name: lambda q, *rest: q)
-    with pytest.raises(ConfigError, match="computes attention wrongly"):
-        selftest.check_arithmetic(mesh)
+@pytest.mark.parametrize("aggregated", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_arithmetic_is_checked(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, dtype: str, aggregated: bool) -> None:
+    device = mesh.local_devices[0]
+    need = Need("cpu", "cpu", dtype, 2, 3, 64, 16, 4, aggregated)
+    assert selftest.check_arithmetic(device, "xla", need) < (1e-5 if dtype == "float32" else 2e-2)
+    monkeypatch.setattr(selftest, "attention_backend", lambda name: lambda q, k, v, pages, *rest: (q, pages))
+    with pytest.raises(ConfigError, match="computes attention by 'xla' wrongly"):
+        selftest.check_arithmetic(device, "xla", need)
