@@ -136,6 +136,11 @@ class CostModel:
             rest -= length
         return chunks
 
+    @property
+    def longest_step_s(self) -> float:
+        """The largest step that there is, without attention."""
+        return self._packed[-1][1]
+
     def decode_step_s(self, running: int, context: int) -> float:
         """A step of ``running`` sequences with ``context`` tokens in all of them together.
 

@@ -5,9 +5,9 @@
 
 With only prefill instances to choose from this is the paper's rule (section 5.3.1): the least of
 ``sum of exec over the unfinished there + exec(x, y)``, where a peer's blocks are fetched if that takes less than
-computing them. What the paper leaves open: a busy source or a full decode instance costs what it delays, so hot
-prefixes spread by pulls rather than gather requests. A pair's cost is the sum of a part for P and one for D, so the
-best pair is found without looking at pairs; only instances that could do both are looked at as one.
+computing them. What the paper leaves open: a source that works answers late, computing again costs more the fewer
+instances are idle, and a full decode instance costs what it delays. A pair's cost is the sum of a part for P and one
+for D, so the best pair is found without looking at pairs; only instances that could do both are looked at as one.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ import math
 from collections.abc import Sequence
 
 from jmemserve.scheduler.view import NOTHING, Asked, Candidate, Route, View
+
+TURNS = 6  # of its loop until an instance has heard of a pull, agreed on it and read: as many steps pass
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,10 +36,16 @@ class Ways:
     def __init__(self, asked: Asked, view: View):
         self._asked, self._view = asked, view
         self._known: dict[tuple[int, int, int], Way] = {}
-        self.best, self.most = None, 0  # who could send most, and how many blocks
-        for name, holding in view.sources.items():
-            if holding.blocks > self.most:
-                self.best, self.most = name, holding.blocks
+        # What is computed again keeps an instance from the next request, the more surely the fewer are idle.
+        self.crowd = sum(candidate.load.pending > 0 for candidate in view.prefill) / len(view.prefill)
+        self.most = max((holding.blocks for holding in view.sources.values()), default=0)
+        self.best, self._delay_s = None, math.inf  # who could send so much soonest, and when
+        if self.most:
+            by_name = {candidate.name: candidate for candidate in (*view.prefill, *view.decode)}
+            for name, holding in view.sources.items():
+                delay_s = _until_it_sends(by_name[name]) if name in by_name else 0.0
+                if holding.blocks == self.most and delay_s < self._delay_s:
+                    self.best, self._delay_s = name, delay_s
 
     def at(self, candidate: Candidate) -> Way:
         holding = self._view.held.get(candidate.name, NOTHING)
@@ -63,7 +71,7 @@ class Ways:
             fewer = (blocks - dram) * size
             ways.append(Way(costs.prefill_s(tokens, fewer), fewer))
         if self.most > blocks:
-            pull_s = costs.transfer_s(self.most - blocks) + swap_s
+            pull_s = self._delay_s + costs.transfer_s(self.most - blocks) + swap_s
             seconds = pull_s + costs.prefill_s(tokens, self.most * size)
             ways.append(Way(seconds, self.most * size, pull_s, self.best, self.most))
         return min(ways, key=lambda way: way.seconds)
@@ -127,7 +135,19 @@ def _prefill_there(ways: Ways, candidate: Candidate) -> float:
     way = ways.at(candidate)
     compute_s = candidate.pace * (way.seconds - way.fetch_s)
     stalls = candidate.load.busy if candidate.role.decodes else 0
-    return _wait_s(candidate, way) + compute_s * (1 + stalls)
+    return _wait_s(candidate, way) + compute_s * (1 + stalls + ways.crowd)
+
+
+def _until_it_sends(source: Candidate) -> float:
+    """What it was asked to send before goes first, and it answers and reads between steps."""
+    costs, load = source.costs, source.load
+    if load.pending:
+        step = costs.longest_step_s
+    elif load.busy:
+        step = costs.decode_step_s(min(load.busy, source.slots), load.context)
+    else:
+        step = 0.0
+    return load.sending_s + TURNS * source.pace * step
 
 
 def _wait_s(candidate: Candidate, way: Way) -> float:

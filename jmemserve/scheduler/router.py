@@ -51,6 +51,8 @@ class _Flight:
     decode_load: Load
     pending: int
     pending_s: float
+    source_load: Load | None = None
+    sending_s: float = 0.0
     started: bool = False
     session: str = ""
     before: tuple[str, str] | None = None  # where its session was before
@@ -185,6 +187,8 @@ class Router:
             decode.load,
             pending=len(tokens) - route.predicted_cached_tokens,
             pending_s=_exact(prefill.pace * prefill.costs.prefill_s(len(tokens), route.predicted_cached_tokens)),
+            source_load=self._instances[route.source].load if route.source else None,
+            sending_s=_exact(prefill.costs.transfer_s(route.source_blocks)) if route.source else 0.0,
             session=session,
             before=home,
         )
@@ -272,6 +276,8 @@ class Router:
         if not flight.started:
             prefill.pending += times * flight.pending
             prefill.pending_s += times * flight.pending_s
+            if flight.source_load is not None:
+                flight.source_load.sending_s += times * flight.sending_s
             if prefill is not decode:
                 prefill.running += times
         decode.running += times
@@ -305,6 +311,8 @@ class Router:
             )
             seconds = sum(f.pending_s for f in prefills)
             assert load.pending_s == seconds, f"{instance.name}: {load}, {seconds=}"
+            sending = sum(f.sending_s for f in self._flights.values() if f.source_load is load and not f.started)
+            assert load.sending_s == sending, f"{instance.name}: {load}, {sending=}"
         self.beliefs.check()
 
 

@@ -27,6 +27,7 @@ class Load:
 
     pending: int = 0  # tokens to be computed before a first token
     pending_s: float = 0.0  # the time that this is predicted to take
+    sending_s: float = 0.0  # the time that sending prefixes to others is predicted to take
     running: int = 0  # requests
     context: int = 0  # tokens of the requests that decode there
     others: int = 0  # requests of other front-ends, as it said last

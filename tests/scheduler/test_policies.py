@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from jmemserve.config import Role
 from jmemserve.scheduler.cost_model import CostModel, Profile
-from jmemserve.scheduler.cost_routing import decode_there
+from jmemserve.scheduler.cost_routing import TURNS, decode_there
 from jmemserve.scheduler.kinds import Kinds
 from jmemserve.scheduler.policies import POLICIES
 from jmemserve.scheduler.prompt_tree import Holding
@@ -54,13 +54,40 @@ def test_the_least_queue_and_prefill_wins():
 
 
 def test_a_peer_sends_what_is_cheaper_to_move_than_to_compute():
-    p0, p1, d0 = one("p0", pending_s=3.0), one("p1"), one("d0", Role.DECODE)
+    p0, p1, d0 = one("p0", pending_s=3.0), one("p1"), one("d0", Role.DECODE)  # p0 waits for something
     route = cost(Asked(513, 10), view(p0, p1, d0, held={"p0": Holding(32, 0)}))
     assert (route.prefill, route.source, route.source_blocks) == ("p1", "p0", 32), "hot prefixes spread"
     assert route.predicted_cached_tokens == 512
     assert route.predicted_ttft_s == pytest.approx(COSTS.transfer_s(32) + COSTS.prefill_s(513, 512))
     few = cost(Asked(33, 10), view(p0, p1, d0, held={"p0": Holding(2, 0)}))
     assert few.prefill == "p1" and few.source is None, "two blocks are computed in the time of a call"
+
+
+def test_of_all_who_could_send_the_one_that_can_begin_first_does():
+    held = {name: Holding(32, 0) for name in ("p0", "p1", "p2")}
+    p0, p1 = one("p0", pending_s=3.0, sending_s=0.03), one("p1", pending_s=3.0, sending_s=0.01)
+    p2, p3, d0 = one("p2", pending_s=3.0, sending_s=0.02), one("p3"), one("d0", Role.DECODE)
+    asked, seen = Asked(513, 10), view(p0, p1, p2, p3, d0, held=held)
+    route = cost(asked, seen)
+    assert (route.prefill, route.source) == ("p3", "p1")
+    for candidate in (p0, p1, p2):
+        candidate.load.pending = 4000  # their loops turn slowly: asking takes longer than computing
+    assert cost(asked, seen).source is None
+    for candidate in (p0, p1, p2):
+        candidate.load.pending, candidate.load.sending_s = 0, 1.0
+    assert cost(asked, seen).source is None, "their links are taken"
+
+
+def test_where_few_are_idle_nothing_is_computed_twice():
+    p0, p1, d0 = one("p0", pending_s=0.09), one("p1"), one("d0", Role.DECODE)
+    for candidate in (p0, p1, d0):
+        candidate.costs = CostModel(dataclasses.replace(PROFILE, transfer_call_s=9.0))
+    others = [one(f"p{number}") for number in range(2, 6)]
+    asked, held = Asked(513, 10), {"p0": Holding(32, 0)}
+    assert cost(asked, view(p0, p1, *others, d0, held=held)).prefill != "p0"
+    for candidate in (p0, *others):
+        candidate.load.pending = 1
+    assert cost(asked, view(p0, p1, *others, d0, held=held)).prefill == "p0"
 
 
 def test_a_decode_instance_may_be_the_source():
@@ -135,6 +162,16 @@ def _slow_cost(asked, seen):
     """The same by looking at every pair."""
     most = max([h.blocks for h in seen.held.values()], default=0)
     best = float("inf")
+    crowd = sum(c.load.pending > 0 for c in seen.prefill) / len(seen.prefill)
+
+    def begins(c):
+        busy = c.costs.decode_step_s(min(c.load.running, c.slots), c.load.context) if c.load.running else 0.0
+        return c.load.sending_s + TURNS * c.pace * (c.costs.longest_step_s if c.load.pending else busy)
+
+    everybody = {c.name: c for c in (*seen.prefill, *seen.decode)}
+    delay = min(
+        [begins(everybody[n]) for n, h in seen.held.items() if h.blocks == most and n in everybody], default=0.0
+    )
 
     def first_token(c):
         blocks, dram = seen.held.get(c.name, NOTHING)
@@ -144,10 +181,11 @@ def _slow_cost(asked, seen):
             (0.0, c.costs.prefill_s(asked.tokens, (blocks - dram) * C)),
         ]
         if most > blocks:
-            arms.append((c.costs.transfer_s(most - blocks) + swap, c.costs.prefill_s(asked.tokens, most * C)))
+            fetch = delay + c.costs.transfer_s(most - blocks) + swap
+            arms.append((fetch, c.costs.prefill_s(asked.tokens, most * C)))
         fetch, compute = min(arms, key=sum)
         stalls = c.load.running if c.role.decodes else 0
-        return max(c.load.pending_s, fetch) + c.pace * compute * (1 + stalls)
+        return max(c.load.pending_s, fetch) + c.pace * compute * (1 + stalls + crowd)
 
     for p in seen.prefill:
         for d in [p] if p.role.decodes else [d for d in seen.decode if d.role.decodes] or [p]:
@@ -165,6 +203,7 @@ def test_cost_finds_the_cheapest_of_all_routes(data):
     candidates, held = [], {}
     for number in range(count):
         load = {"pending_s": data.draw(st.floats(0, 1)), "running": data.draw(st.integers(0, 10))}
+        load |= {"pending": data.draw(st.integers(0, 1)), "sending_s": data.draw(st.floats(0, 0.1))}
         candidates.append(
             one(f"i{number}", data.draw(st.sampled_from(Role)), context=data.draw(st.integers(0, 999)), **load)
         )

@@ -285,10 +285,10 @@ def test_decode_instances_send_prefixes_only_where_what_they_make_goes_back():
 def test_what_is_still_to_be_computed_is_nobodys_source():
     """A burst of equal prompts: the second instance cannot get from the first what that has not computed."""
     router = Router([("prefill0", Role.PREFILL), ("prefill1", Role.PREFILL), ("decode0", Role.DECODE)], C)
-    routes = [router.route(f"r{number}", [*range(4000)], "", 0.0) for number in range(6)]
+    routes = [router.route(f"r{number}", [*range(4000)], "", 0.0) for number in range(60)]
     assert {route.prefill for route in routes} == {"prefill0", "prefill1"}
     assert all(route.source is None for route in routes)
-    for number in range(6):
+    for number in range(60):
         router.on_finished(f"r{number}", (), 0.0)
     assert router.route("later", [*range(4000)], "", 0.0).predicted_cached_tokens == 0, "nothing was computed"
     router.check()
