@@ -15,7 +15,7 @@ from jmemserve.kernels.choice import Need, why_not
 from jmemserve.kernels.cpu import library
 
 try:
-    ISAS = [isa for isa in ("base", "avx2", "avx512", "neon") if library.instruction_set(isa)]
+    ISAS = [isa for isa in ("base", "avx2", "avx512", "avx512bf16", "neon") if library.instruction_set(isa)]
 except library.Missing as error:
     pytest.skip(str(error), allow_module_level=True)
 
@@ -88,8 +88,14 @@ def test_a_row_does_not_depend_on_its_company() -> None:
 @pytest.mark.parametrize("rows, depth", [(1, 5), (37, 64), (200, 600), (97, 1100)])
 def test_products(isa: str, columns: int, rows: int, depth: int) -> None:
     rng = np.random.default_rng(columns)
-    x = rng.normal(size=(depth, columns)).astype(np.float32)
-    for dtype in ("float32", "bfloat16", "int8"):
+    plain = rng.normal(size=(depth, columns)).astype(np.float32)
+    for dtype, x_dtype in (
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("int8", "float32"),
+    ):
+        x = plain.astype(jnp.dtype(x_dtype))
         weight = rng.normal(size=(rows, depth)) * (30 if dtype == "int8" else 1)
         weight = weight.astype(np.int8) if dtype == "int8" else weight.astype(jnp.dtype(dtype))
         wanted = weight.astype(np.float64) @ x.astype(np.float64)

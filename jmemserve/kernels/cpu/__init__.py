@@ -73,9 +73,10 @@ def attend(
 
 
 def project(weight: jax.Array, x: jax.Array, used: jax.Array | None = None, *, isa: str = "") -> jax.Array:
-    """[out, in] x [in, T] -> f32[out, T], summed in float32; of T columns only the first ``used`` (i32[]), the others 0.
+    """[out, in] x [in, T] -> f32[out, T], summed in float32.
 
-    weight: float32, bfloat16, or int8 (then without its scales); x: float32 or bfloat16.
+    Of the T columns only the first ``used`` (i32[]) are computed, the others are 0. weight: float32, bfloat16, or int8
+    (then without its scales); x: float32 or bfloat16.
     """
     load()
     call = jax.ffi.ffi_call("jmemserve_product", jax.ShapeDtypeStruct((weight.shape[0], x.shape[1]), jnp.float32))

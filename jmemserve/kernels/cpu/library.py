@@ -1,6 +1,6 @@
 """The compiled library for CPUs: finding it, loading it, telling XLA of it.
 
-It is built from ``native/`` when jmemserve is installed, if there is a C++ compiler; without one nothing is lost but speed.
+It is built from ``native/`` when jmemserve is installed, if there is a C++ compiler; without one only speed is lost.
 """
 
 import ctypes

@@ -16,12 +16,14 @@ namespace ffi = xla::ffi;
 namespace jmemserve {
 
 const Kernels* find_kernels(const char* name) {
-  const Kernels* here[3];
+  const Kernels* here[4];
   int count = 0;
 #if defined(__x86_64__)
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("fma")) here[count++] = &kAvx512;
+  avx512 = avx512 && __builtin_cpu_supports("fma");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) here[count++] = &kAvx512bf16;
+  if (avx512) here[count++] = &kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) here[count++] = &kAvx2;
 #elif defined(__aarch64__)
   here[count++] = &kNeon;  // every 64-bit ARM has it
@@ -219,32 +221,43 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::Buffer<ffi:
   if (columns < stride)  // nobody needs the others, but they must be numbers
     for (int64_t r = 0; r < rows; r++) std::memset(out + r * stride + columns, 0, (stride - columns) * sizeof(float));
   if (columns == 0) return ffi::Error::Success();
-  if (columns <= kernels->few) {
-    int64_t padded = ceil_div(depth, 16) * 16;
-    float* packed = scratch(columns * padded);
-    kernels->pack_columns(x_type, columns_of, stride, columns, depth, packed, padded);
-    // Pieces small enough for an even end, large enough to be worth a look at the counter.
-    int64_t piece = std::max<int64_t>(8, ceil_div(ceil_div(rows, pool.num_threads() * 8), 8) * 8);
-    parallel(pool, ceil_div(rows, piece), [&](int64_t i) {
-      int64_t first = i * piece, count = std::min(piece, rows - first);
-      kernels->product_few(type, at(w, type, first * depth), scale ? scale + first : nullptr, packed, padded,
-                           out + first * stride, stride, count, columns, depth);
+  // Pieces small enough for an even end, large enough to be worth a look at the counter.
+  int64_t few_rows = std::max<int64_t>(8, ceil_div(ceil_div(rows, pool.num_threads() * 8), 8) * 8);
+  bool few = columns <= kernels->few;
+  int64_t piece = few ? few_rows : kernels->row_block, pieces = ceil_div(rows, piece);
+  int64_t padded = ceil_div(depth, 32) * 32, panels = ceil_div(columns, kernels->panel);
+  float* packed = scratch(few ? columns * padded : panels * kernels->panel * padded);
+  auto first_of = [&](int64_t i) { return at(w, type, i * piece * depth); };
+  auto count_of = [&](int64_t i) { return std::min(piece, rows - i * piece); };
+  if (const Narrow* narrow = scale || x_type != Type::kBfloat16 || type != x_type ? nullptr : kernels->narrow) {
+    auto* from = (const Bfloat16*)columns_of;
+    auto* to = (Bfloat16*)packed;
+    int64_t panel = kernels->panel * ceil_div(depth, 2) * 2;
+    if (few) narrow->pack_columns(from, stride, columns, depth, to, padded);
+    else
+      parallel(pool, panels, [&](int64_t i) {
+        narrow->pack_panel(from, stride, i * kernels->panel, columns, depth, to + i * panel);
+      });
+    parallel(pool, pieces, [&](int64_t i) {
+      auto* own = (const Bfloat16*)first_of(i);
+      if (few) narrow->few(own, to, padded, out + i * piece * stride, stride, count_of(i), columns, depth);
+      else narrow->many(own, to, out + i * piece * stride, stride, count_of(i), columns, depth);
     });
     return ffi::Error::Success();
   }
-  int64_t panels = ceil_div(columns, kernels->panel);
-  float* packed = scratch(panels * kernels->panel * depth);
-  parallel(pool, panels, [&](int64_t i) {
-    kernels->pack_panel(x_type, columns_of, stride, i * kernels->panel, columns, depth,
-                        packed + i * kernels->panel * depth);
-  });
-  int64_t piece = kernels->row_block;
-  parallel(pool, ceil_div(rows, piece), [&](int64_t i) {
+  if (few) kernels->pack_columns(x_type, columns_of, stride, columns, depth, packed, padded);
+  else
+    parallel(pool, panels, [&](int64_t i) {
+      kernels->pack_panel(x_type, columns_of, stride, i * kernels->panel, columns, depth,
+                          packed + i * kernels->panel * depth);
+    });
+  parallel(pool, pieces, [&](int64_t i) {
+    const float* own = scale ? scale + i * piece : nullptr;
+    float* to = out + i * piece * stride;
+    if (few) return kernels->product_few(type, first_of(i), own, packed, padded, to, stride, count_of(i), columns, depth);
     thread_local std::vector<float> buffer;
     buffer.resize(kernels->row_block * kernels->depth_block);
-    int64_t first = i * piece, count = std::min(piece, rows - first);
-    kernels->product_many(type, at(w, type, first * depth), scale ? scale + first : nullptr, packed,
-                          out + first * stride, stride, count, columns, depth, buffer.data());
+    kernels->product_many(type, first_of(i), own, packed, to, stride, count_of(i), columns, depth, buffer.data());
   });
   return ffi::Error::Success();
 }

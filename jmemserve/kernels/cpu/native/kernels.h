@@ -39,6 +39,18 @@ struct Tile {
   const int32_t* table;    // pages of the sequence
 };
 
+// Products of bfloat16 with bfloat16 where the processor has an instruction for them: x stays as narrow as it is.
+struct Narrow {
+  void (*few)(const Bfloat16* weight, const Bfloat16* x, int64_t x_stride, float* out, int64_t out_stride, int64_t rows,
+              int64_t columns, int64_t depth);
+  void (*many)(const Bfloat16* weight, const Bfloat16* x, float* out, int64_t out_stride, int64_t rows,
+               int64_t columns, int64_t depth);
+  void (*pack_columns)(const Bfloat16* x, int64_t x_stride, int64_t columns, int64_t depth, Bfloat16* out,
+                       int64_t padded);
+  void (*pack_panel)(const Bfloat16* x, int64_t x_stride, int64_t first, int64_t columns, int64_t depth,
+                     Bfloat16* panel);
+};
+
 struct Kernels {
   const char* name;
   // out[rows, columns] (stride ldo) = weight[rows, depth] * scale[rows] x columns of x. `scale` may be null.
@@ -68,6 +80,7 @@ struct Kernels {
   int64_t few;          // up to so many columns product_few is the faster one
   int64_t row_block;    // rows of one call of product_many
   int64_t depth_block;  // its buffer has row_block * depth_block floats
+  const Narrow* narrow;  // or null
 };
 
 // The best that this processor has, or the one of that name; null if it has not.
@@ -75,7 +88,7 @@ const Kernels* find_kernels(const char* name);
 
 extern const Kernels kBase;  // what the compiler assumes anyway
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512;
+extern const Kernels kAvx2, kAvx512, kAvx512bf16;
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
 #endif
