@@ -13,6 +13,6 @@ namespace {
 
 extern const Kernels kNeon = {"neon",      product_few, product_many, pack_panel, pack_columns,
                                write_token, attend_one,  combine,      attend_tile, tile_floats,
-                               kPanel,      16,          kRowBlock,    kDepthBlock, nullptr};
+                               kPanel,      32,          kRowBlock,    kDepthBlock, nullptr};
 
 }  // namespace jmemserve
