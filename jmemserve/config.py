@@ -62,6 +62,7 @@ class AttentionBackend(enum.Enum):
     """Who computes paged attention: the names of ``jmemserve.kernels``."""
 
     AUTO = "auto"  # the best that devices and model allow
+    CPU = "cpu"  # our C++ library, with products of its own
     XLA = "xla"  # plain XLA operations: everywhere
     REFERENCE = "reference"  # the plainest way, for comparisons: slow
 

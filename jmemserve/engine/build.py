@@ -157,7 +157,8 @@ def build(
         f"{num_blocks * layout.bytes_per_block / 1e6:,.0f} MB"
     )
     # XLA's bfloat16 product with a single column is five times slower on CPU than with two, one of them padding.
-    fewest_rows = 2 if dtype == "bfloat16" and jax.default_backend() == "cpu" and engine.max_num_seqs > 1 else 1
+    slow_alone = dtype == "bfloat16" and attention != "cpu" and jax.default_backend() == "cpu"
+    fewest_rows = 2 if slow_alone and engine.max_num_seqs > 1 else 1
 
     def shapes_of(role: Role) -> tuple[StepShape, ...]:
         most = engine.max_num_seqs, engine.max_num_batched_tokens

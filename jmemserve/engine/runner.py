@@ -6,6 +6,7 @@ Every shape is compiled ahead; an unknown one is a bug, not a surprise compilati
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jmemserve.engine import sampling
 from jmemserve.engine.mesh import AXIS
-from jmemserve.kernels import Ragged, attention_backend
+from jmemserve.kernels import Ragged, attention_backend, own_products
 from jmemserve.kernels.pages import page_axes
 from jmemserve.kernels.rule import Rule
 from jmemserve.kvpool.store import PageStore
@@ -195,6 +196,8 @@ class Runner:
 def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str) -> Callable:
     """The traced step: (leaves, pages, last, ints, (shape, width)) -> (pages, logits [V, B])."""
     kernel = attention_backend(backend)
+    # On a mesh of several devices XLA divides the products, which it cannot do with others' code.
+    products = own_products(backend) if mesh.size == 1 else None
 
     def step(leaves, pages, last, ints, key: tuple[StepShape, int]):
         shape, width = key
@@ -215,8 +218,13 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str) -> Call
             return sharded(pages, q, k, v, ragged)
 
         model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
-        hidden, pages = model(tokens, ragged.positions, pages, Ops(attend))
-        return pages, model.logits(hidden[:, ends])
+        if products is None:
+            hidden, pages = model(tokens, ragged.positions, pages, Ops(attend))
+            return pages, model.logits(hidden[:, ends])
+        packed = functools.partial(products, used=ragged.starts[-1])
+        hidden, pages = model(tokens, ragged.positions, pages, Ops(attend, packed))
+        rows = jnp.sum(ragged.context > 0, dtype=jnp.int32)
+        return pages, model.logits(hidden[:, ends], functools.partial(products, used=rows))
 
     return step
 

@@ -59,12 +59,26 @@ class Attention(Protocol):
         ...
 
 
-BACKENDS = {"xla": "jmemserve.kernels.xla", "reference": "jmemserve.kernels.reference"}
+BACKENDS = {"cpu": "jmemserve.kernels.cpu", "xla": "jmemserve.kernels.xla", "reference": "jmemserve.kernels.reference"}
 
 
 def attention_backend(name: str) -> Attention:
     """The paged attention of that name. Raises KeyError for an unknown one."""
     function: Attention = importlib.import_module(BACKENDS[name]).attend
+    return function
+
+
+class Products(Protocol):
+    """The product of a weight with columns, of which only the first ``used`` (i32[]) matter."""
+
+    def __call__(self, weight: jax.Array, x: jax.Array, used: jax.Array) -> jax.Array:
+        """[out, in] x [in, T] -> f32[out, T]; columns that are not used come back as finite garbage."""
+        ...
+
+
+def own_products(name: str) -> Products | None:
+    """The products that come with the attention of that name; None: XLA's own are as good."""
+    function: Products | None = getattr(importlib.import_module(BACKENDS[name]), "project", None)
     return function
 
 

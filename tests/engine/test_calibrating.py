@@ -13,6 +13,7 @@ from jmemserve.engine.build import Parts, build, read_model_config
 from jmemserve.engine.calibrating import calibrated, measure, scratch, time_prefill
 from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.report import SilentReport
+from jmemserve.kernels import pair_tile
 from jmemserve.kvpool import Medium
 from jmemserve.kvpool.transports.local import LocalExchange
 from jmemserve.scheduler.cost_model import CostModel, Profile
@@ -66,7 +67,7 @@ def test_measuring_leaves_no_trace_and_compiles_nothing(parts: Parts) -> None:
     assert pool.stats() == before and (pool.log is None or pool.log.last == last)
     pool.check()
     assert {(tokens, seqs) for tokens, seqs, _ in profile.steps} == {(s.tokens, s.seqs) for s in parts.shapes}
-    assert profile.tile == 128 and profile.about == "here"
+    assert profile.tile == pair_tile(parts.runner.backend) and profile.about == "here"
     assert profile.swap_call_s + profile.swap_block_s > 0 < profile.transfer_call_s + profile.transfer_block_s
     assert Profile.from_json(profile.to_json()) == profile
     assert CostModel(profile).prefill_s(100, 0) > 0

@@ -1,0 +1,20 @@
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define WIDTH 16
+#define ROWS 12
+#define DOT_ROWS 4
+
+namespace jmemserve {
+namespace {
+#include "vectors.inc"
+#include "product.inc"
+#include "attention.inc"
+}  // namespace
+
+extern const Kernels kAvx512 = {"avx512",      product_few, product_many, pack_panel, pack_columns,
+                               write_token, attend_one,  combine,      attend_tile, tile_floats,
+                               kPanel,      32,          kRowBlock,    kDepthBlock, nullptr};
+
+}  // namespace jmemserve

@@ -1,0 +1,302 @@
+// What XLA calls: checks of shapes, division of the work among its threads, nothing of the arithmetic.
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <condition_variable>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace jmemserve {
+
+const Kernels* find_kernels(const char* name) {
+  const Kernels* here[4];
+  int count = 0;
+#if defined(__x86_64__)
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  avx512 = avx512 && __builtin_cpu_supports("fma");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) here[count++] = &kAvx512bf16;
+  if (avx512) here[count++] = &kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) here[count++] = &kAvx2;
+#elif defined(__aarch64__)
+  here[count++] = &kNeon;  // every 64-bit ARM has it
+#endif
+  here[count++] = &kBase;
+  for (int i = 0; i < count; i++)
+    if (!*name || !std::strcmp(name, here[i]->name)) return here[i];
+  return nullptr;
+}
+
+namespace {
+
+// Run work(0) .. work(count - 1) on the caller and on XLA's threads. A thread that comes too late finds nothing to
+// do, so the caller never waits for threads that are busy elsewhere, only for work that has begun.
+template <class Work>
+void parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    int64_t count;
+    const Work* work;
+    std::mutex mutex;
+    std::condition_variable all_done;
+    void run() {
+      int64_t here = 0;
+      for (int64_t i; (i = next.fetch_add(1)) < count; here++) (*work)(i);
+      if (here && done.fetch_add(here) + here == count) {
+        std::lock_guard<std::mutex> lock(mutex);
+        all_done.notify_all();
+      }
+    }
+  };
+  if (count <= 1) {
+    if (count == 1) work(0);
+    return;
+  }
+  auto state = std::make_shared<State>();
+  state->count = count;
+  state->work = &work;
+  int64_t others = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < others; i++) pool.Schedule([state] { state->run(); });
+  state->run();
+  for (int spin = 0; spin < 2000; spin++)
+    if (state->done.load() == count) return;
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done.load() == count; });
+}
+
+// Memory that a thread keeps for the next call.
+float* scratch(int64_t floats) {
+  thread_local std::vector<float> kept;
+  if (int64_t(kept.size()) < floats + 16) kept.resize(floats + 16);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(kept.data()) + 63) / 64 * 64);
+}
+
+bool type_of(ffi::DataType from, Type* to) {
+  switch (from) {
+    case ffi::DataType::F32: *to = Type::kFloat32; return true;
+    case ffi::DataType::BF16: *to = Type::kBfloat16; return true;
+    case ffi::DataType::S8: *to = Type::kInt8; return true;
+    default: return false;
+  }
+}
+
+int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kBfloat16 ? 2 : 1; }
+
+const char* at(const void* base, Type type, int64_t index) { return (const char*)base + index * size_of(type); }
+
+ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("jmemserve: " + what); }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t kChunk = 512;  // keys of one piece of work of a row with one new token: fixed, so that a row's
+                                 // result does not depend on who shares the batch
+constexpr int64_t kTileRows = 64;  // queries times heads of a tile, about
+
+constexpr int64_t kWritten = 32;   // tokens whose keys and values one piece of work writes
+
+struct Piece {
+  int32_t row, head, first, partial;  // of a row with one new token: first key, and place of the partial result
+};
+
+ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer given,
+                  ffi::Buffer<ffi::S32> slots, ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> context,
+                  ffi::Buffer<ffi::S32> starts, ffi::Buffer<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> out,
+                  ffi::Result<ffi::AnyBuffer> written, int64_t layer, float scale, int64_t window, float soft_cap,
+                  std::string_view isa) {
+  const Kernels* kernels = find_kernels(std::string(isa).c_str());
+  if (!kernels) return wrong("this processor has no " + std::string(isa));
+  Type type, page_type;
+  if (!type_of(q.element_type(), &type) || !type_of(given.element_type(), &page_type) || type == Type::kInt8 ||
+      page_type == Type::kInt8 || k.element_type() != q.element_type() || v.element_type() != q.element_type())
+    return wrong("attention takes float32 and bfloat16");
+  if (given.untyped_data() != written->untyped_data()) return wrong("the pages must be written in place");
+  auto qd = q.dimensions(), kd = k.dimensions(), pd = given.dimensions();
+  bool aggregated = pd.size() == 6;
+  if (qd.size() != 3 || kd.size() != 3 || (!aggregated && pd.size() != 5)) return wrong("unknown shapes");
+  int64_t num_tokens = qd[0], num_heads = qd[1], head_dim = qd[2];
+  int64_t kv_heads = pd[pd.size() - 3], size = pd[pd.size() - 2];
+  int64_t rows = context.element_count(), width = tables.dimensions()[1], layers = aggregated ? pd[1] : 1;
+  if (head_dim > 512 || pd.back() != head_dim || kd[1] != kv_heads || num_heads % kv_heads || layer >= layers)
+    return wrong("sizes that do not fit together");
+  int64_t group = num_heads / kv_heads, item = size_of(page_type);
+  Pages pages = {(char*)written->untyped_data() + layer * 2 * kv_heads * size * head_dim * item,
+                 page_type,
+                 layers * 2 * kv_heads * size * head_dim,
+                 kv_heads * size * head_dim,
+                 size * head_dim,
+                 pd[0],
+                 size,
+                 head_dim,
+                 kv_heads};
+  Rule rule = {scale, window, soft_cap};
+  const int32_t *slot = slots.typed_data(), *table = tables.typed_data(), *length = context.typed_data(),
+                *start = starts.typed_data();
+  int64_t used = std::min<int64_t>(start[rows], num_tokens);
+  for (int64_t t = 0; t < used; t++)
+    if (slot[t] < 0 || slot[t] / size >= pd[0]) return wrong("a token is to be written outside of the pages");
+  parallel(pool, ceil_div(used, kWritten), [&](int64_t i) {
+    for (int64_t t = i * kWritten; t < std::min(used, (i + 1) * kWritten); t++) {
+      int64_t place = t * kv_heads * head_dim;
+      kernels->write_token(pages, slot[t] / size, slot[t] % size, type, at(k.untyped_data(), type, place),
+                           at(v.untyped_data(), type, place));
+    }
+  });
+  char* result = (char*)out->untyped_data();
+  std::memset(result + used * num_heads * head_dim * size_of(type), 0,
+              (num_tokens - used) * num_heads * head_dim * size_of(type));
+
+  auto make_tile = [&](int64_t row, int64_t head, int64_t token, int64_t count) {
+    int64_t place = (token * num_heads + head * group) * head_dim;
+    int64_t first = length[row] - (start[row + 1] - token);
+    const float* own = sinks.element_count() ? sinks.typed_data() + head * group : nullptr;
+    return Tile{at(q.untyped_data(), type, place), result + place * size_of(type), own, num_heads * head_dim, group,
+                head, first, count, table + row * width};
+  };
+  std::vector<Piece> pieces;  // rows with one new token
+  std::vector<Piece> tiles;   // others: `first` is the first token of the tile
+  int64_t partials = 0, per_tile = std::max<int64_t>(1, kTileRows / group);
+  for (int64_t b = 0; b < rows; b++) {
+    int64_t fresh = start[b + 1] - start[b];
+    if (fresh <= 0) continue;
+    if (length[b] < fresh || length[b] > width * size) return wrong("a row's context does not fit its table");
+    int64_t low = rule.window ? std::max<int64_t>(0, length[b] - rule.window) : 0;
+    for (int64_t p = low / size; p < ceil_div(length[b], size); p++)
+      if (table[b * width + p] < 0 || table[b * width + p] >= pd[0]) return wrong("a table names no page");
+    for (int64_t h = 0; h < kv_heads; h++) {
+      if (fresh == 1)
+        for (int64_t first = low; first < length[b]; first = (first / kChunk + 1) * kChunk)
+          pieces.push_back({int32_t(b), int32_t(h), int32_t(first), int32_t(partials++)});
+      else
+        for (int64_t t = start[b]; t < start[b + 1]; t += per_tile)
+          tiles.push_back({int32_t(b), int32_t(h), int32_t(t), 0});
+    }
+  }
+  int64_t stride = group * (head_dim + 2);
+  std::vector<float> partial(partials * stride);
+  parallel(pool, int64_t(tiles.size() + pieces.size()), [&](int64_t i) {
+    if (i < int64_t(tiles.size())) {
+      Piece piece = tiles[tiles.size() - 1 - i];  // the last ones of a row see most keys: first, for an even end
+      int64_t count = std::min<int64_t>(per_tile, start[piece.row + 1] - piece.first);
+      Tile tile = make_tile(piece.row, piece.head, piece.first, count);
+      kernels->attend_tile(pages, rule, tile, type, scratch(kernels->tile_floats(count, group, head_dim)));
+      return;
+    }
+    const Piece& piece = pieces[i - tiles.size()];
+    Tile tile = make_tile(piece.row, piece.head, start[piece.row], 1);
+    int64_t last = std::min<int64_t>(length[piece.row], (piece.first / kChunk + 1) * kChunk);
+    kernels->attend_one(pages, rule, tile, type, piece.first, last, partial.data() + piece.partial * stride);
+  });
+  for (size_t i = 0; i < pieces.size();) {
+    size_t end = i + 1;
+    while (end < pieces.size() && pieces[end].row == pieces[i].row && pieces[end].head == pieces[i].head) end++;
+    Tile tile = make_tile(pieces[i].row, pieces[i].head, start[pieces[i].row], 1);
+    kernels->combine(tile, type, head_dim, partial.data() + pieces[i].partial * stride, int64_t(end - i));
+    i = end;
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::Buffer<ffi::F32> scales, ffi::AnyBuffer x,
+                   ffi::Buffer<ffi::S32> used, ffi::Result<ffi::Buffer<ffi::F32>> result, std::string_view isa) {
+  const Kernels* kernels = find_kernels(std::string(isa).c_str());
+  if (!kernels) return wrong("this processor has no " + std::string(isa));
+  Type type, x_type;
+  if (!type_of(weight.element_type(), &type) || !type_of(x.element_type(), &x_type) || x_type == Type::kInt8)
+    return wrong("products take float32, bfloat16 and, of weights, int8");
+  auto wd = weight.dimensions(), xd = x.dimensions();
+  if (wd.size() != 2 || xd.size() != 2 || wd[1] != xd[0]) return wrong("sizes that do not fit together");
+  int64_t rows = wd[0], depth = wd[1], stride = xd[1];
+  if (scales.element_count() && int64_t(scales.element_count()) != rows) return wrong("one scale per row is needed");
+  const float* scale = scales.element_count() ? scales.typed_data() : nullptr;
+  int64_t columns = used.element_count() ? std::min<int64_t>(std::max(0, used.typed_data()[0]), stride) : stride;
+  float* out = result->typed_data();
+  const void *w = weight.untyped_data(), *columns_of = x.untyped_data();
+  if (columns < stride)  // nobody needs the others, but they must be numbers
+    for (int64_t r = 0; r < rows; r++) std::memset(out + r * stride + columns, 0, (stride - columns) * sizeof(float));
+  if (columns == 0) return ffi::Error::Success();
+  // Pieces small enough for an even end, large enough to be worth a look at the counter.
+  int64_t few_rows = std::max<int64_t>(8, ceil_div(ceil_div(rows, pool.num_threads() * 8), 8) * 8);
+  bool few = columns <= kernels->few;
+  int64_t piece = few ? few_rows : kernels->row_block, pieces = ceil_div(rows, piece);
+  int64_t padded = ceil_div(depth, 32) * 32, panels = ceil_div(columns, kernels->panel);
+  float* packed = scratch(few ? columns * padded : panels * kernels->panel * padded);
+  auto first_of = [&](int64_t i) { return at(w, type, i * piece * depth); };
+  auto count_of = [&](int64_t i) { return std::min(piece, rows - i * piece); };
+  if (const Narrow* narrow = scale || x_type != Type::kBfloat16 || type != x_type ? nullptr : kernels->narrow) {
+    auto* from = (const Bfloat16*)columns_of;
+    auto* to = (Bfloat16*)packed;
+    int64_t panel = kernels->panel * ceil_div(depth, 2) * 2;
+    if (few) narrow->pack_columns(from, stride, columns, depth, to, padded);
+    else
+      parallel(pool, panels, [&](int64_t i) {
+        narrow->pack_panel(from, stride, i * kernels->panel, columns, depth, to + i * panel);
+      });
+    parallel(pool, pieces, [&](int64_t i) {
+      auto* own = (const Bfloat16*)first_of(i);
+      if (few) narrow->few(own, to, padded, out + i * piece * stride, stride, count_of(i), columns, depth);
+      else narrow->many(own, to, out + i * piece * stride, stride, count_of(i), columns, depth);
+    });
+    return ffi::Error::Success();
+  }
+  if (few) kernels->pack_columns(x_type, columns_of, stride, columns, depth, packed, padded);
+  else
+    parallel(pool, panels, [&](int64_t i) {
+      kernels->pack_panel(x_type, columns_of, stride, i * kernels->panel, columns, depth,
+                          packed + i * kernels->panel * depth);
+    });
+  parallel(pool, pieces, [&](int64_t i) {
+    const float* own = scale ? scale + i * piece : nullptr;
+    float* to = out + i * piece * stride;
+    if (few) return kernels->product_few(type, first_of(i), own, packed, padded, to, stride, count_of(i), columns, depth);
+    thread_local std::vector<float> buffer;
+    buffer.resize(kernels->row_block * kernels->depth_block);
+    kernels->product_many(type, first_of(i), own, packed, to, stride, count_of(i), columns, depth, buffer.data());
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jmemserve
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jmemserve_attend, jmemserve::attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()         // q
+                                  .Arg<ffi::AnyBuffer>()         // k
+                                  .Arg<ffi::AnyBuffer>()         // v
+                                  .Arg<ffi::AnyBuffer>()         // pages
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // slots
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // tables
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // context
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // starts
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // sinks, or none
+                                  .Ret<ffi::AnyBuffer>()         // out
+                                  .Ret<ffi::AnyBuffer>()         // pages, the same memory
+                                  .Attr<int64_t>("layer")
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Attr<float>("soft_cap")
+                                  .Attr<std::string_view>("isa"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jmemserve_product, jmemserve::product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()         // weight
+                                  .Arg<ffi::Buffer<ffi::F32>>()  // scales, or none
+                                  .Arg<ffi::AnyBuffer>()         // x
+                                  .Arg<ffi::Buffer<ffi::S32>>()  // columns used, or none: all
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<std::string_view>("isa"));
+
+// The name of what is chosen for "", or the same name if this processor has it; else null.
+extern "C" const char* jmemserve_isa(const char* name) {
+  const jmemserve::Kernels* kernels = jmemserve::find_kernels(name);
+  return kernels ? kernels->name : nullptr;
+}

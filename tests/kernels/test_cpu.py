@@ -1,0 +1,136 @@
+"""The C++ library for CPUs: attention against float64 on ragged batches with poisoned pages, products against numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import Rows, Sizes, check, make_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jmemserve.kernels import cpu
+from jmemserve.kernels.choice import Need, why_not
+from jmemserve.kernels.cpu import library
+
+try:
+    ISAS = [isa for isa in ("base", "avx2", "avx512", "avx512bf16", "neon") if library.instruction_set(isa)]
+except library.Missing as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+MIXED = [(300, 1), (1, 1), (140, 140), (257, 30), (17, 2), (600, 1), (129, 129)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("window", [None, 5, 150])
+@pytest.mark.parametrize("size", [1, 16, 256])
+def test_mixed_batch(isa: str, window: int | None, size: int) -> None:
+    sizes = Sizes(block=size)
+    case = make_case(0, MIXED, sizes, sum(new for _, new in MIXED) + 5, len(MIXED) + 2)
+    for aggregated in (True, False):
+        check(functools.partial(cpu.attend, isa=isa), case, sizes, sizes.rule(window), aggregated=aggregated)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("head", [4, 24, 64, 80, 128])
+@pytest.mark.parametrize("dtype, kv_dtype", [("float32", None), ("bfloat16", None), ("float32", "bfloat16")])
+def test_heads_and_types(isa: str, head: int, dtype: str, kv_dtype: str | None) -> None:
+    sizes = Sizes(kv_heads=3, group=2, head=head, dtype=dtype, kv_dtype=kv_dtype)
+    case = make_case(1, [(90, 1), (70, 40), (520, 1), (33, 2)], sizes, 50, 6)
+    tolerance = 1e-2 if dtype == "bfloat16" else 2e-5
+    check(functools.partial(cpu.attend, isa=isa), case, sizes, sizes.rule(), rtol=tolerance, atol=tolerance / 5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_soft_cap_and_sinks(isa: str, soft_cap: float | None, sinks: bool) -> None:
+    sizes = Sizes(group=5, head=16)
+    extra = np.random.default_rng(7).normal(size=10).astype(np.float32) * 3 if sinks else None
+    case = make_case(3, MIXED, sizes)
+    rule = sizes.rule(window=64, soft_cap=soft_cap)
+    check(functools.partial(cpu.attend, isa=isa), case, sizes, rule, extra)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    rows=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 150)), min_size=1, max_size=6),
+    window=st.sampled_from([None, 37]),
+)
+def test_random_batches(seed: int, rows: Rows, window: int | None) -> None:
+    rows = [(old + new, new) for old, new in rows]
+    check(cpu.attend, make_case(seed, rows, Sizes(), num_tokens=900, num_rows=6), Sizes(), Sizes().rule(window))
+
+
+def test_a_row_does_not_depend_on_its_company() -> None:
+    sizes = Sizes(head=32)
+    alone = make_case(5, [(700, 1)], sizes)
+    together = make_case(5, [(700, 1), (1300, 1), (90, 60)], sizes, 70, 5)
+    layer, rule = alone.layer, sizes.rule()
+
+    def first(case):
+        q, k, v = (x[:1] for x in (alone.q, alone.k, alone.v))
+        place = case.ragged.tables[0]
+        own = alone.pages[alone.ragged.tables[0][: len(alone.ragged.tables[0])]]
+        pages = jnp.asarray(case.pages).at[place[: own.shape[0]]].set(own)
+        queries = (
+            jnp.concatenate((mine, rest[1:])) for mine, rest in zip((q, k, v), (case.q, case.k, case.v), strict=True)
+        )
+        return np.asarray(cpu.attend(*queries, pages, layer, case.ragged, rule)[0])[0]
+
+    np.testing.assert_array_equal(first(alone), first(together))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 8, 9, 16, 31, 32, 33, 70])
+@pytest.mark.parametrize("rows, depth", [(1, 5), (37, 64), (200, 600), (97, 1100)])
+def test_products(isa: str, columns: int, rows: int, depth: int) -> None:
+    rng = np.random.default_rng(columns)
+    plain = rng.normal(size=(depth, columns)).astype(np.float32)
+    for dtype, x_dtype in (
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("int8", "float32"),
+    ):
+        x = plain.astype(jnp.dtype(x_dtype))
+        weight = rng.normal(size=(rows, depth)) * (30 if dtype == "int8" else 1)
+        weight = weight.astype(np.int8) if dtype == "int8" else weight.astype(jnp.dtype(dtype))
+        wanted = weight.astype(np.float64) @ x.astype(np.float64)
+        got = np.asarray(cpu.project(jnp.asarray(weight), jnp.asarray(x), isa=isa))
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max() * depth**0.5)
+
+
+@pytest.mark.parametrize("columns, used", [(8, 3), (64, 0), (64, 1), (64, 9), (64, 40), (64, 64)])
+def test_columns_of_padding_are_zero_whatever_they_hold(columns: int, used: int) -> None:
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(50, 96)), jnp.bfloat16)
+    x = rng.normal(size=(96, columns)).astype(np.float32)
+    x[:, used:] = np.nan
+    got = np.asarray(jax.jit(cpu.project)(weight, jnp.asarray(x), jnp.int32(used)))
+    wanted = np.asarray(weight).astype(np.float32) @ x[:, :used]
+    np.testing.assert_allclose(got[:, :used], wanted, rtol=1e-4, atol=1e-4)
+    assert not got[:, used:].any()
+
+
+def test_what_it_cannot_serve_is_said() -> None:
+    good = Need("cpu", "cpu", "float32", 2, 4, 64, 16, 2)
+    assert why_not("cpu", good) is None
+    assert "CPUs" in why_not("cpu", Need("gpu", "NVIDIA H200", "float32", 2, 4, 64, 16, 2))
+    assert "float16" in why_not("cpu", Need("cpu", "cpu", "float16", 2, 4, 64, 16, 2))
+    assert "1024" in why_not("cpu", Need("cpu", "cpu", "float32", 2, 4, 1024, 16, 2))
+
+
+@pytest.mark.parametrize("slot, table, context", [(10**6, 1, 5), (16, 10**6, 5), (16, 1, 10**6), (-1, 1, 5)])
+def test_numbers_that_lead_outside_of_the_pages_are_refused(slot: int, table: int, context: int) -> None:
+    from jmemserve.kernels import Ragged
+
+    one = [jnp.asarray([x], jnp.int32) for x in (context - 1, slot)]
+    places = Ragged(*one, jnp.asarray([[table]]), jnp.asarray([context]), jnp.asarray([0, 1]))
+    zeros = jnp.zeros((1, 2, 8))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="jmemserve: "):
+        jax.block_until_ready(
+            cpu.attend(zeros, zeros, zeros, jnp.zeros((3, 1, 2, 2, 16, 8)), 0, places, Sizes().rule())
+        )
