@@ -22,11 +22,12 @@ help:
 	@echo "make clean      remove the virtual environment and everything built"
 
 # Made again when pyproject.toml changes, or when the environment's own interpreter has gone.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml setup.py $(wildcard jmemserve/kernels/cpu/native/*)
 	@if [ -n "$$PYTHON" ] || ! $(RUN) -c "" 2>/dev/null; then \
 	    python=$$(tools/find-python) && "$$python" -m venv --clear $(VENV); \
 	fi
 	$(RUN) -m pip install --disable-pip-version-check --editable ".[test]"
+	@$(RUN) -m jmemserve.kernels.cpu
 	@touch $@
 
 serve: $(INSTALLED)
