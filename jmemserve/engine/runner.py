@@ -84,6 +84,7 @@ class Runner:
         self.store, self.backend = store, backend
         self.record: Callable[[Order], None] = lambda order: None
         self.leads = False  # other processes hear of it
+        self.padding_free = own_products(backend) is not None and mesh.size == 1
         self.shapes = shapes
         self.max_seqs = max(shape.seqs for shape in shapes)
         self.width = -(-max_model_len // store.layout.block_size)

@@ -72,7 +72,7 @@ def find(scheduler: LocalScheduler, plan: Plan, costs: CostModel, end: float) ->
     context = sum(seq.computed for seq in running)
     for _ in range(count - 1):
         context += rows
-        end += costs.step_s(shape, 0, context)
+        end += costs.step_s(shape, rows, 0, context)
         ends.append(end)
     return Stretch(plan, ends)
 
