@@ -211,3 +211,19 @@ def test_without_a_profile_nothing_is_compared() -> None:
     refiner.step(*PROMPT, 1.0)
     refiner.transfer(3, 1.0)
     assert refiner.news() is None and refiner.profile is None and refiner.error == 0.0
+
+
+def test_where_padding_is_free_a_step_costs_what_its_tokens_cost() -> None:
+    steps = ((1, 1, 0.010), (8, 8, 0.014), (64, 8, 0.020), (512, 8, 0.100))
+    plain, free = CostModel(Profile(steps)), CostModel(Profile(steps, padding_free=True))
+    for shape, rows in (
+        (StepShape(64, 8), [(0, 64)]),
+        (StepShape(512, 8), [(0, 512)]),
+        (StepShape(8, 8), [(5, 1)] * 8),
+    ):
+        assert plain.rows_s(shape, rows) == free.rows_s(shape, rows), "a full step"
+    assert plain.rows_s(StepShape(512, 8), [(0, 288)]) == 0.100
+    assert free.rows_s(StepShape(512, 8), [(0, 288)]) == pytest.approx(0.060)
+    assert free.rows_s(StepShape(8, 8), [(3, 1)]) == pytest.approx(0.010)
+    assert free.prefill_s(600, 584) < plain.prefill_s(600, 584) == 0.020
+    assert Profile.from_json(free.profile.to_json()) == free.profile
