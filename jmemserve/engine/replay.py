@@ -21,8 +21,9 @@ from jmemserve.config import ClusterSpec
 from jmemserve.engine.build import build, model_folder, read_model_config
 from jmemserve.engine.channel import Follower, Leader, Message
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
+from jmemserve.engine.orders import Order
 from jmemserve.engine.report import Report
-from jmemserve.engine.runner import Order, Runner
+from jmemserve.engine.runner import Runner
 from jmemserve.errors import TransferError
 from jmemserve.kvpool.store import SpanningStore
 from jmemserve.kvpool.transports.local import LocalExchange

@@ -348,8 +348,9 @@ class Worker:
 
 
 def _no_load(name: str, spec: InstanceSpec) -> InstanceLoad:
-    counts = [field.name for field in dataclasses.fields(InstanceLoad) if field.type is int]
-    return InstanceLoad(name, spec.role.value, **dict.fromkeys(counts, 0))
+    names = [field.name for field in dataclasses.fields(InstanceLoad) if field.type is int]
+    counts: dict[str, Any] = dict.fromkeys(names, 0)
+    return InstanceLoad(name, spec.role.value, **counts)
 
 
 def _end_with_stdin() -> None:
