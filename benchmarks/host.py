@@ -42,6 +42,7 @@ AIM_SEQS = 64
 PROMPT = 100  # tokens, about: sequences begin new blocks at different steps
 COUNT = 3  # every null step samples this token
 BLOCK = 16
+VOCABULARY = 128  # small: the null step fills the logits
 
 
 def main() -> None:
@@ -94,7 +95,7 @@ def measure(sequences: int, steps: int, max_model_len: int, temperature: float) 
     rng = np.random.default_rng(0)
     params = SamplingParams(temperature=temperature, max_tokens=steps)
     for number in range(sequences):
-        prompt = tuple(rng.integers(COUNT + 1, 1000, PROMPT + number % BLOCK).tolist())
+        prompt = tuple(rng.integers(COUNT + 1, VOCABULARY, PROMPT + number % BLOCK).tolist())
         instance.post(m.Submit(Request(f"r{number}", prompt, params, number, frozenset([2])), "colocated0"))
     instance.start()
     if not ended.wait(600) or failures:
@@ -111,7 +112,7 @@ def build_parts(sequences: int, max_model_len: int) -> tuple[Parts, InstanceSpec
     """An instance of the 125M shape with few numbers in each of its weights, and room for all sequences."""
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads((HERE / "configs" / "llama-125m" / "config.json").read_text())
-        config |= {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 1000, "head_dim": 16}
+        config |= {"hidden_size": 64, "intermediate_size": 64, "vocab_size": VOCABULARY, "head_dim": 16}
         config |= {"num_attention_heads": 4, "num_key_value_heads": 2}
         (Path(folder) / "config.json").write_text(json.dumps(config))
         engine = EngineConfig(

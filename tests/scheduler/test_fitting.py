@@ -188,11 +188,11 @@ def test_a_profile_follows_a_machine_that_gets_slower() -> None:
 def test_a_hiccup_is_no_news() -> None:
     refiner, model = Refiner(TRUE), CostModel(TRUE)
     for number in range(100):
-        refiner.step(*PROMPT, model.rows_s(*PROMPT) * (100 if number == 20 else 1.02))
+        refiner.step(*WORK_OF_PROMPT, model.rows_s(*PROMPT) * (100 if number == 20 else 1.02))
     assert refiner.news() is None and refiner.profile == TRUE
     early = Refiner(TRUE)
     for _ in range(ENOUGH - 1):
-        early.step(*PROMPT, 9.0)
+        early.step(*WORK_OF_PROMPT, 9.0)
     assert early.news() is None
 
 
@@ -210,6 +210,6 @@ def test_transfers_and_swaps_are_learnt() -> None:
 
 def test_without_a_profile_nothing_is_compared() -> None:
     refiner = Refiner()
-    refiner.step(*PROMPT, 1.0)
+    refiner.step(*WORK_OF_PROMPT, 1.0)
     refiner.transfer(3, 1.0)
     assert refiner.news() is None and refiner.profile is None and refiner.error == 0.0
