@@ -63,7 +63,7 @@ def test_programs_are_compiled_by_several_threads_at_once(
     config = load_config(folder)
     graph, state = weights.load(folder, LoadFormat.DUMMY, config, "float32", mesh, 0, lambda done, total: None)
     layout = PageLayout(config.num_layers, config.num_kv_heads, 16, config.head_dim, "float32")
-    shapes = step_shapes(True, True, 4, 64)
+    shapes = step_shapes(True, True, 1, 16)
     runner = Runner(graph, state, PageStore(layout, 20, mesh), mesh, shapes, config.vocab_size, 256)
     together, threads = threading.Barrier(2), set[int]()
 
