@@ -70,6 +70,7 @@ class Orders:
         ints[2 * seqs : 2 * seqs + rows] += 1
         ints[context : context + rows] += 1
         if plan.repeats == 1:  # the plan before may have had tokens that the host knew
+            ints[:rows] = 0
             ints[context + 2 * seqs + 1 :][:rows] = np.arange(rows)
         for row, page in plan.grown:
             ints[tables + row * self._width + int(ints[seqs + row]) // self._size] = page
