@@ -50,6 +50,7 @@ class Stretch:
             seq.stamps.last_token = end
             following.append(dataclasses.replace(piece, start=start + count, promised_row=row))
         scheduler.plans += count
+        scheduler.reconsider()
         return Plan(scheduler.plans, self.plan.shape, tuple(following))
 
 
