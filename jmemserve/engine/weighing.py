@@ -43,10 +43,10 @@ class Weigher:
         began, self._landed = max(flight.launched, self._landed), now
         plan = flight.plan
         if plan.repeats:
-            self._refiner.step(plan.shape, 0.0, plan.context, now - began)
+            self._refiner.step(plan.shape, plan.num_tokens, 0.0, plan.context, now - began)
         elif self._refiner.profile is not None:
             rows = [(piece.start, piece.length) for piece in plan.planned]
-            self._refiner.step(plan.shape, *work(plan.shape, rows, self._refiner.profile.tile), now - began)
+            self._refiner.step(plan.shape, plan.num_tokens, *work(plan.shape, rows, self._refiner.profile.tile), now - began)
         if teaches_prefill(plan):
             self._meter.step(plan.num_tokens, now - began)
         if self._swap is SwapPolicy.AUTO:

@@ -165,8 +165,8 @@ def test_a_malformed_profile_is_refused_in_words(change: dict, says: str) -> Non
 
 PROMPT = (StepShape(512, 16), [(0, 500), (30, 1)])
 DECODE = (StepShape(4, 4), [(100, 1)] * 3)
-WORK_OF_PROMPT = (PROMPT[0], *work(*PROMPT, TRUE.tile))
-WORK_OF_DECODE = (DECODE[0], *work(*DECODE, TRUE.tile))
+WORK_OF_PROMPT = (PROMPT[0], 501, *work(*PROMPT, TRUE.tile))
+WORK_OF_DECODE = (DECODE[0], 3, *work(*DECODE, TRUE.tile))
 
 
 def test_a_profile_follows_a_machine_that_gets_slower() -> None:
