@@ -46,7 +46,9 @@ class Weigher:
             self._refiner.step(plan.shape, plan.num_tokens, 0.0, plan.context, now - began)
         elif self._refiner.profile is not None:
             rows = [(piece.start, piece.length) for piece in plan.planned]
-            self._refiner.step(plan.shape, plan.num_tokens, *work(plan.shape, rows, self._refiner.profile.tile), now - began)
+            self._refiner.step(
+                plan.shape, plan.num_tokens, *work(plan.shape, rows, self._refiner.profile.tile), now - began
+            )
         if teaches_prefill(plan):
             self._meter.step(plan.num_tokens, now - began)
         if self._swap is SwapPolicy.AUTO:
