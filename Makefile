@@ -2,7 +2,7 @@
 # PYTHON= names the interpreter for the virtual environment; otherwise tools/find-python chooses one and says which.
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-slow check format proto bench clean
+.PHONY: help serve demo test test-slow check format proto bench bench-gpu clean
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -19,6 +19,7 @@ help:
 	@echo "make format     put the code into the form that check asks for"
 	@echo "make proto      regenerate the gRPC code from jmemserve/server/jmemserve.proto"
 	@echo "make bench      benchmarks/serve.py (flags by ARGS=\"...\")"
+	@echo "make bench-gpu  kernels and engine on one accelerator; result files in benchmarks/results"
 	@echo "make clean      remove the virtual environment and everything built"
 
 # Made again when pyproject.toml changes, or when the environment's own interpreter has gone.
@@ -56,6 +57,10 @@ proto: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(RUN) benchmarks/serve.py $(ARGS)
+
+# With what the machine has installed (RUN=python): such machines often have no network.
+bench-gpu:
+	@exec tools/bench-gpu $(RUN) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The kernel benchmark runs, and counts bytes and FLOP right; how fast it is, is not tested."""
+"""The benchmarks of kernels and engine run, and count bytes and FLOP right; how fast they are, is not tested."""
 
 import json
 import subprocess
@@ -27,3 +27,17 @@ def test_an_unknown_backend_is_refused() -> None:
     command = [sys.executable, "benchmarks/kernels.py", "--quick", "--backends", "cuda"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0 and "--backends takes" in done.stderr
+
+
+def test_the_engine_benchmark_runs(tmp_path: Path) -> None:
+    output = tmp_path / "engine.json"
+    command = [sys.executable, "benchmarks/engine.py", "--quick", "--config", "benchmarks/configs/llama-28m"]
+    command += ["--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(output.read_text())
+    assert [row["what"] for row in found["rows"]] == ["prefill", "decode"]
+    assert all(row["tokens_per_s"] > 0 and row["limit"] > 0 for row in found["rows"])
+    assert {(row["medium"], row["cached_percent"]) for row in found["first_token"]} == {
+        (medium, share) for medium in ("HBM", "DRAM") for share in (0, 25, 50, 75, 100)
+    }

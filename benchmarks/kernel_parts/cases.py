@@ -84,7 +84,7 @@ class Setting:
             tiny = Heads("tiny", 2, 2, 64)
             return own(1, (tiny,), ((2, 40),), (32,), (16,), (4,), ((64, 64, 4),), names)
         if platform == "cpu":
-            heads = Heads("125M", 12, 1, 64), Heads("8B", 8, 4, 128)
+            heads = Heads("125M", 4, 3, 64), Heads("8B", 8, 4, 128)
             decode, moves = ((1, 1024), (8, 1024), (16, 256), (16, 1024), (4, 8192)), (16, 64)
             products = tuple((768 * 4, 768, columns) for columns in (1, 8, 16, 64, 256, 1024))
             return own(repeats, heads, decode, (256, 1024, 2048), (16, 64), moves, products, names)
