@@ -22,14 +22,14 @@ from jmemserve.kernels import Ragged
 from jmemserve.kernels.choice import Need
 from jmemserve.kernels.mosaic_gpu.decode import one_token_rows
 from jmemserve.kernels.mosaic_gpu.prefill import many_token_rows
-from jmemserve.kernels.mosaic_gpu.tiles import Plan
+from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan
 from jmemserve.kernels.pages import Pages, page_sizes, write_kv
 from jmemserve.kernels.rule import Rule
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # as JAX names them: "NVIDIA H100 80GB HBM3"
 HEADS = (64, 128)  # head dims whose tiles fit registers and swizzles
 TILE = 128  # query rows, and keys, of one go of a thread block where rows have several tokens
-DECODE_SPAN = 64
+DECODE_SPAN, DECODE_SLOTS = 64, 4  # 128 kB of keys and values on their way to each multiprocessor
 
 
 def why_not(need: Need) -> str | None:
@@ -44,8 +44,8 @@ def why_not(need: Need) -> str | None:
         return f"its tiles hold head dims of 64 and 128, not {need.head_dim}"
     if need.block_size % 16 or (need.block_size & (need.block_size - 1)) or need.block_size > 256:
         return f"it copies blocks of 16, 32, 64, 128 or 256 tokens, not {need.block_size}"
-    if need.group > 64:
-        return f"its tile has 64 query rows for a kv head, not {need.group}"
+    if need.group > ROWS:
+        return f"its tile has {ROWS} query rows for a kv head, not {need.group}"
     return None
 
 
@@ -77,13 +77,12 @@ def attend(
         page_stride=per_page,
         layer_offset=0 if isinstance(pages, tuple) else layer * 2 * kv_heads,
         value_offset=kv_heads,
-        slots=2,
         interpreted=interpret,
     )
     kv = own.reshape(-1, size, head_dim)  # no copy: all but the last two axes are one
     tables = jnp.pad(ragged.tables, ((0, 0), (0, -ragged.tables.shape[1] % max(1, TILE // size))))
     grouped = q.astype(own.dtype).reshape(num_tokens, kv_heads, num_heads // kv_heads, head_dim)
-    ones = partial(one_token_rows, plan(span=DECODE_SPAN, warpgroups=1))
+    ones = partial(one_token_rows, plan(span=DECODE_SPAN, slots=DECODE_SLOTS, warpgroups=1))
     if num_tokens == num_rows:  # the shape of a step in which every row has one token
         out, lse = ones(grouped, kv, tables, ragged.context)
         return _finished(out, lse, sinks, q), pages
@@ -91,7 +90,7 @@ def attend(
     single = lengths == 1
     first = jnp.minimum(ragged.starts[:-1], num_tokens - 1)
     one_out, one_lse = ones(grouped[first], kv, tables, jnp.where(single, ragged.context, 0))
-    out, lse = many_token_rows(plan(span=TILE, warpgroups=2), grouped, kv, tables, ragged, least=2)
+    out, lse = many_token_rows(plan(span=TILE, slots=2, warpgroups=2), grouped, kv, tables, ragged, least=2)
     target = jnp.where(single, first, num_tokens)
     out = out.at[target].set(one_out.astype(out.dtype), mode="drop")
     lse = lse.at[target].set(one_lse, mode="drop")

@@ -12,15 +12,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmemserve.kernels.mosaic_gpu.call import launch
-from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan, attend_spans, copy_spans, finish, nothing_yet
+from jmemserve.kernels.mosaic_gpu.tiles import NEVER, ROWS, Plan, attend_spans, copy_spans, finish, nothing_yet, wait_for_last
 
-BLOCKS = 264  # thread blocks that fill a Hopper GPU: two for each of 132 multiprocessors
+BLOCKS = 132  # thread blocks that fill a Hopper GPU: registers and shared memory allow one per multiprocessor
 SHORTEST = 4  # spans that a split has to be worth
+LONGEST = 64  # spans after which a row is cut even if others fill the GPU, for they may be short
 
 
 def splits_of(rows: int, kv_heads: int, spans: int) -> int:
     """Splits per row, from what is known when compiling. ``spans``: of the longest row that the table can hold."""
-    return max(1, min(-(-BLOCKS // (rows * kv_heads)), spans // SHORTEST))
+    wanted = max(-(-BLOCKS // (rows * kv_heads)), -(-spans // LONGEST))
+    return max(1, min(wanted, spans // SHORTEST))
 
 
 def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
@@ -41,19 +43,18 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
         low = jnp.int32(0) if plan.rule.window is None else jnp.maximum(context - plan.rule.window, 0)
         begin = lax.div(low, jnp.int32(plan.span))
         count = lax.div(context + (plan.span - 1), jnp.int32(plan.span)) - begin
-        share = lax.div(count + (splits - 1), jnp.int32(splits))
+        share = jnp.maximum(lax.div(count + (splits - 1), jnp.int32(splits)), SHORTEST if splits > 1 else 0)
         first = begin + jnp.minimum(split * share, count)
         last = begin + jnp.minimum(split * share + share, count)
         worker = lax.axis_index("warpgroup")
 
         @pl.when(worker == 1)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
-            copy_spans(plan, ring, tables_ref, kv_ref, row, head, first, last, jnp.int32(0))
+            step = copy_spans(plan, ring, tables_ref, kv_ref, row, head, first, last, jnp.int32(0))
+            wait_for_last(plan, ring, step)
 
         @pl.when(worker == 0)
         def _():
-            plgpu.set_max_registers(232, action="increase")
             plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[pl.ds(0, padded)], q_full)
             plgpu.barrier_wait(q_full)
             limit = plgpu.layout_cast(lax.broadcast(context - 1, (ROWS,)), plgpu.Layout.WGMMA.reduce(1))
@@ -64,7 +65,11 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
             out_smem[...] = out.astype(out_dtype)
             lse_smem[...] = lse
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, padded)], out_ref.at[split, row, head])
+
+            @pl.when((first < last) | (splits == 1))  # what nobody wrote, ``combine`` does not look at
+            def _():
+                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, padded)], out_ref.at[split, row, head])
+
             plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, padded)], lse_ref.at[split, row, head])
             plgpu.wait_smem_to_gmem(0)
 
@@ -90,6 +95,7 @@ def combine(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     if out.shape[0] == 1:
         return out[0], lse[0]
     top = lse.max(0)
-    weights = jnp.exp2(lse - top)
-    mass = weights.sum(0)
-    return (out * weights[..., None]).sum(0) / mass[..., None], top + jnp.log2(mass)
+    some = lse > NEVER / 2  # of the others nothing was written
+    weights = jnp.where(some, jnp.exp2(lse - top), 0)
+    mass = jnp.maximum(weights.sum(0), 1e-30)
+    return jnp.where(some[..., None], out * weights[..., None], 0).sum(0) / mass[..., None], top + jnp.log2(mass)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.mosaic_gpu.call import launch
-from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan, attend_spans, copy_spans, finish, nothing_yet
+from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan, attend_spans, copy_spans, finish, nothing_yet, wait_for_last
 
 
 def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged, least: int):
@@ -64,7 +64,8 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
                 _, _, first, last = part_of(row)
                 return copy_spans(plan, ring, tables_ref, kv_ref, row, head, first, last, step)
 
-            lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, jnp.int32(0))
+            step = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, jnp.int32(0))
+            wait_for_last(plan, ring, step)
 
         @pl.when(worker < plan.warpgroups)
         def _():

@@ -64,27 +64,41 @@ def copy_spans(plan: Plan, ring, tables, kv, row, head, first, last, step):
     """
     keys, values, k_full, v_full, done = ring
 
+    length = min(plan.size, plan.span)
+
     def one_span(chunk, step):
         slot = lax.rem(step, jnp.int32(plan.slots))
+        if plan.size <= plan.span:
+            part = pl.ds(0, plan.size)
+            columns = [chunk * plan.copies + copy for copy in range(plan.copies)]
+        else:
+            parts = jnp.int32(plan.size // plan.span)
+            part = pl.ds(lax.rem(chunk, parts) * plan.span, plan.span)
+            columns = [lax.div(chunk, parts)]
+        # All of the table's entries before the first copy, and before the wait, so that their latencies overlap.
+        places = [tables[row, column] * plan.page_stride + plan.layer_offset + head for column in columns]
 
         @pl.when(step >= plan.slots)
         def _():
             plgpu.barrier_wait(done.at[slot])
 
         for offset, held, full in ((0, keys, k_full), (plan.value_offset, values, v_full)):
-            for copy in range(plan.copies):
-                if plan.size <= plan.span:
-                    column, part = chunk * plan.copies + copy, pl.ds(0, plan.size)
-                else:
-                    parts = jnp.int32(plan.size // plan.span)
-                    column, part = lax.div(chunk, parts), pl.ds(lax.rem(chunk, parts) * plan.span, plan.span)
-                where = tables[row, column] * plan.page_stride + (plan.layer_offset + offset) + head
-                length = min(plan.size, plan.span)
+            for copy, place in enumerate(places):
                 target = held.at[slot, pl.ds(copy * length, length)]
-                plgpu.copy_gmem_to_smem(kv.at[where, part], target, full.at[slot])
+                plgpu.copy_gmem_to_smem(kv.at[place + offset, part], target, full.at[slot])
         return step + 1
 
     return lax.fori_loop(first, last, one_span, step)
+
+
+def wait_for_last(plan: Plan, ring, step):
+    """The copying warpgroup, at its end: every slot is done with, so that no barrier goes away in use."""
+    done = ring[-1]
+    for slot in range(plan.slots):
+
+        @pl.when(step > slot)
+        def _(slot=slot):
+            plgpu.barrier_wait(done.at[slot])
 
 
 def nothing_yet(plan: Plan):
