@@ -36,7 +36,7 @@ def why_not(need: Need) -> str | None:
     """What keeps the kernels from serving this, in a few words; None: nothing."""
     if need.platform != "gpu":
         return "it is for GPUs"
-    if not any(word.rstrip(",") in HOPPER for word in need.device_kind.split()):
+    if not any(word in HOPPER for word in need.device_kind.split()):
         return f"it is written for Hopper's wgmma, which a {need.device_kind!r} does not have"
     if need.dtype not in ("bfloat16", "float16"):
         return f"tensor cores multiply bfloat16 and float16, not {need.dtype}"

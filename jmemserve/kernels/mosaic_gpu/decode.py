@@ -12,7 +12,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmemserve.kernels.mosaic_gpu.call import launch
-from jmemserve.kernels.mosaic_gpu.tiles import NEVER, ROWS, Plan, attend_spans, copy_spans, finish, nothing_yet, wait_for_last
+from jmemserve.kernels.mosaic_gpu.tiles import (
+    NEVER,
+    ROWS,
+    Plan,
+    attend_spans,
+    copy_spans,
+    finish,
+    nothing_yet,
+    wait_for_last,
+)
 
 BLOCKS = 132  # thread blocks that fill a Hopper GPU: registers and shared memory allow one per multiprocessor
 SHORTEST = 4  # spans that a split has to be worth
@@ -49,12 +58,12 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
         worker = lax.axis_index("warpgroup")
 
         @pl.when(worker == 1)
-        def _():
+        def copying():
             step = copy_spans(plan, ring, tables_ref, kv_ref, row, head, first, last, jnp.int32(0))
             wait_for_last(plan, ring, step)
 
         @pl.when(worker == 0)
-        def _():
+        def computing():
             plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[pl.ds(0, padded)], q_full)
             plgpu.barrier_wait(q_full)
             limit = plgpu.layout_cast(lax.broadcast(context - 1, (ROWS,)), plgpu.Layout.WGMMA.reduce(1))
@@ -67,7 +76,7 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
             plgpu.commit_smem()
 
             @pl.when((first < last) | (splits == 1))  # what nobody wrote, ``combine`` does not look at
-            def _():
+            def mixed_values():
                 plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, padded)], out_ref.at[split, row, head])
 
             plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, padded)], lse_ref.at[split, row, head])
@@ -94,8 +103,9 @@ def combine(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The splits (leading axis) of rows brought together: [S, ..., H] and f32[S, ...] -> [..., H] and f32[...]."""
     if out.shape[0] == 1:
         return out[0], lse[0]
-    top = lse.max(0)
+    top = lse.max(0, keepdims=True)
     some = lse > NEVER / 2  # of the others nothing was written
     weights = jnp.where(some, jnp.exp2(lse - top), 0)
     mass = jnp.maximum(weights.sum(0), 1e-30)
-    return jnp.where(some[..., None], out * weights[..., None], 0).sum(0) / mass[..., None], top + jnp.log2(mass)
+    mixed = jnp.where(some[..., None], out * weights[..., None], 0).sum(0)
+    return mixed / mass[..., None], top[0] + jnp.log2(mass)

@@ -57,7 +57,7 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
             return low, furthest, lax.div(low, jnp.int32(plan.span)), last
 
         @pl.when(worker == plan.warpgroups)
-        def _():
+        def copying():
             plgpu.set_max_registers(40, action="decrease")
 
             def one_row(row, step):
@@ -68,7 +68,7 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
             wait_for_last(plan, ring, step)
 
         @pl.when(worker < plan.warpgroups)
-        def _():
+        def computing():
             plgpu.set_max_registers(232, action="increase")
             here = pl.ds(number * tile + worker * ROWS, ROWS)
             full, queries = q_full.at[worker], q_smem.at[worker]
