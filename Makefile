@@ -2,7 +2,7 @@
 # PYTHON= names the interpreter for the virtual environment; otherwise tools/find-python chooses one and says which.
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-slow check format proto bench bench-gpu clean
+.PHONY: help serve demo test test-slow test-gpu check format proto bench bench-gpu clean
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -15,6 +15,7 @@ help:
 	@echo "make demo       start a server, send prompts that share a prefix, print what comes back, stop"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-gpu   the tests that need a GPU (installs JAX for CUDA)"
 	@echo "make check      formatting, lint and types"
 	@echo "make format     put the code into the form that check asks for"
 	@echo "make proto      regenerate the gRPC code from jmemserve/server/jmemserve.proto"
@@ -42,6 +43,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@$(RUN) -m pytest -m slow $(ARGS)
+
+# JAX for CUDA is some gigabytes, so only this verb brings it.
+test-gpu: $(INSTALLED)
+	$(RUN) -m pip install --disable-pip-version-check --quiet --editable ".[test,cuda]"
+	@$(RUN) -m pytest -m gpu $(ARGS)
 
 check: $(INSTALLED)
 	$(RUN) -m ruff format --check .

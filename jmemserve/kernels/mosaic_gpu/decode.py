@@ -1,0 +1,111 @@
+"""Rows with one new token: one thread block per (row, kv head, split of the row's keys).
+
+The query heads of a kv head are the rows of one wgmma tile. Its other rows are idle, which is free: at 64 operations
+per byte of keys the tile is still bound by memory. A long row is cut into splits where rows and heads alone do not
+fill the GPU, and a second small step brings them together.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmemserve.kernels.mosaic_gpu.call import launch
+from jmemserve.kernels.mosaic_gpu.tiles import (
+    NEVER,
+    ROWS,
+    Plan,
+    attend_spans,
+    copy_spans,
+    finish,
+    nothing_yet,
+    wait_for_last,
+)
+
+BLOCKS = 132  # thread blocks that fill a Hopper GPU: registers and shared memory allow one per multiprocessor
+SHORTEST = 4  # spans that a split has to be worth
+LONGEST = 64  # spans after which a row is cut even if others fill the GPU, for they may be short
+
+
+def splits_of(rows: int, kv_heads: int, spans: int) -> int:
+    """Splits per row, from what is known when compiling. ``spans``: of the longest row that the table can hold."""
+    wanted = max(-(-BLOCKS // (rows * kv_heads)), -(-spans // LONGEST))
+    return max(1, min(wanted, spans // SHORTEST))
+
+
+def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
+    """q: [B, K, G, H], tables: i32[B, W] in whole spans, context: i32[B], 0 for rows to skip.
+
+    -> (f32 or q's type [B, K, G, H], log2 of the sum of exponentials f32[B, K, G])
+    """
+    rows, kv_heads, group, _ = q.shape
+    padded = -(-group // 8) * 8  # swizzled memory is copied eight rows at a time
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
+    spans = tables.shape[1] * plan.size // plan.span
+    splits = splits_of(rows, kv_heads, spans)
+    out_dtype = plan.dtype if splits == 1 else jnp.dtype(jnp.float32)
+
+    def kernel(q_ref, kv_ref, tables_ref, context_ref, out_ref, lse_ref, q_smem, out_smem, lse_smem, q_full, *ring):
+        row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
+        context = context_ref[row]
+        low = jnp.int32(0) if plan.rule.window is None else jnp.maximum(context - plan.rule.window, 0)
+        begin = lax.div(low, jnp.int32(plan.span))
+        count = lax.div(context + (plan.span - 1), jnp.int32(plan.span)) - begin
+        share = jnp.maximum(lax.div(count + (splits - 1), jnp.int32(splits)), SHORTEST if splits > 1 else 0)
+        first = begin + jnp.minimum(split * share, count)
+        last = begin + jnp.minimum(split * share + share, count)
+        worker = lax.axis_index("warpgroup")
+
+        @pl.when(worker == 1)
+        def copying():
+            step = copy_spans(plan, ring, tables_ref, kv_ref, row, head, first, last, jnp.int32(0))
+            wait_for_last(plan, ring, step)
+
+        @pl.when(worker == 0)
+        def computing():
+            plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[pl.ds(0, padded)], q_full)
+            plgpu.barrier_wait(q_full)
+            limit = plgpu.layout_cast(lax.broadcast(context - 1, (ROWS,)), plgpu.Layout.WGMMA.reduce(1))
+            state, _ = attend_spans(
+                plan, ring, q_smem, limit, low, context, first, last, nothing_yet(plan), jnp.int32(0)
+            )
+            out, lse = finish(plan, state)
+            out_smem[...] = out.astype(out_dtype)
+            lse_smem[...] = lse
+            plgpu.commit_smem()
+
+            @pl.when((first < last) | (splits == 1))  # what nobody wrote, ``combine`` does not look at
+            def mixed_values():
+                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, padded)], out_ref.at[split, row, head])
+
+            plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, padded)], lse_ref.at[split, row, head])
+            plgpu.wait_smem_to_gmem(0)
+
+    shape = (splits, rows, kv_heads, padded)
+    out, lse = launch(
+        kernel,
+        plan,
+        out=[jax.ShapeDtypeStruct((*shape, plan.head), out_dtype), jax.ShapeDtypeStruct(shape, jnp.float32)],
+        scratch=[
+            plan.swizzled((ROWS, plan.head), plan.dtype),
+            plan.swizzled((ROWS, plan.head), out_dtype),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.Barrier(),
+            *plan.ring(),
+        ],
+        grid={"row": rows, "head": kv_heads, "split": splits},
+    )(q, kv, tables, context)
+    return combine(out[..., :group, :], lse[..., :group])
+
+
+def combine(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The splits (leading axis) of rows brought together: [S, ..., H] and f32[S, ...] -> [..., H] and f32[...]."""
+    if out.shape[0] == 1:
+        return out[0], lse[0]
+    top = lse.max(0, keepdims=True)
+    some = lse > NEVER / 2  # of the others nothing was written
+    weights = jnp.where(some, jnp.exp2(lse - top), 0)
+    mass = jnp.maximum(weights.sum(0), 1e-30)
+    mixed = jnp.where(some[..., None], out * weights[..., None], 0).sum(0)
+    return mixed / mass[..., None], top[0] + jnp.log2(mass)

@@ -1,0 +1,119 @@
+"""Rows with several new tokens: one thread block per (tile of queries, kv head), which visits every row in its tile.
+
+The queries of the G heads of a kv head are stacked: token t's head g is row t * G + g of an array [K, T * G, H], which
+is cut into tiles at fixed places, so that tiles need no gathering and no masks when they are stored. A tile that holds
+parts of several rows goes over the keys of one after another; the queries of the others see nothing meanwhile.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmemserve.kernels import Ragged
+from jmemserve.kernels.mosaic_gpu.call import launch
+from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan, attend_spans, copy_spans, finish, nothing_yet, wait_for_last
+
+
+def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged, least: int):
+    """q: [T, K, G, H], tables: i32[B, W] in whole spans; rows with fewer than ``least`` new tokens are skipped.
+
+    -> (q's type [T, K, G, H], log2 of the sum of exponentials f32[T, K, G])
+    """
+    tokens, kv_heads, group, head_dim = q.shape
+    tile = ROWS * plan.warpgroups
+    tiles = -(-tokens * group // tile)
+    padding = tiles * tile - tokens * group
+    stacked = jnp.pad(q.transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim), ((0, 0), (0, padding), (0, 0)))
+    place = jnp.arange(tiles * tile) // group  # the token of every stacked row
+    owner = jnp.searchsorted(ragged.starts, place, side="right").astype(jnp.int32) - 1  # B if of no row
+    positions = jnp.pad(ragged.positions, (0, 1))[jnp.minimum(place, tokens)]
+    edges = jnp.arange(tiles) * tile
+    used = ragged.starts[-1]
+    begin = edges // group  # first token of each tile, and below the one after its last
+    end = jnp.minimum((edges + tile - 1) // group + 1, used)
+    rows = jnp.searchsorted(ragged.starts, jnp.stack((begin, end - 1)), side="right").astype(jnp.int32) - 1
+    rows = jnp.stack((rows[0], jnp.where(begin < end, rows[1] + 1, rows[0])))  # first, and one after the last
+
+    def kernel(
+        q_ref, kv_ref, tables_ref, context_ref, starts_ref, rows_ref, owner_ref, positions_ref, out_ref, lse_ref,
+        q_smem, lse_smem, owner_smem, positions_smem, q_full, *ring,
+    ):  # fmt: skip
+        number, head = lax.axis_index("tile"), lax.axis_index("head")
+        worker = lax.axis_index("warpgroup")
+        first_token = lax.div(number * tile, jnp.int32(group))
+        after_token = lax.div(number * tile + (tile - 1), jnp.int32(group)) + 1
+
+        def part_of(row):
+            """Of the row's keys: low, high, first span, span after the last."""
+            start, stop, context = starts_ref[row], starts_ref[row + 1], context_ref[row]
+            to_place = context - stop  # of a token
+            low = jnp.int32(0)
+            if plan.rule.window is not None:
+                low = jnp.maximum(jnp.maximum(start, first_token) + to_place - plan.rule.window + 1, 0)
+            furthest = jnp.minimum(stop, after_token) + to_place
+            last = jnp.where(stop - start < least, 0, lax.div(furthest + (plan.span - 1), jnp.int32(plan.span)))
+            return low, furthest, lax.div(low, jnp.int32(plan.span)), last
+
+        @pl.when(worker == plan.warpgroups)
+        def copying():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def one_row(row, step):
+                _, _, first, last = part_of(row)
+                return copy_spans(plan, ring, tables_ref, kv_ref, row, head, first, last, step)
+
+            step = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, jnp.int32(0))
+            wait_for_last(plan, ring, step)
+
+        @pl.when(worker < plan.warpgroups)
+        def computing():
+            plgpu.set_max_registers(232, action="increase")
+            here = pl.ds(number * tile + worker * ROWS, ROWS)
+            full, queries = q_full.at[worker], q_smem.at[worker]
+            plgpu.copy_gmem_to_smem(q_ref.at[head, here], queries, full)
+            plgpu.copy_gmem_to_smem(owner_ref.at[here], owner_smem.at[worker], full)
+            plgpu.copy_gmem_to_smem(positions_ref.at[here], positions_smem.at[worker], full)
+            plgpu.barrier_wait(full)
+            row_layout = plgpu.Layout.WGMMA.reduce(1)
+            owners = plgpu.load(owner_smem.at[worker], layout=row_layout)
+            places = plgpu.load(positions_smem.at[worker], layout=row_layout)
+
+            def one_row(row, carry):
+                *state, step = carry
+                low, high, first, last = part_of(row)
+                limit = jnp.where(owners == row, places, -1)
+                state, step = attend_spans(plan, ring, queries, limit, low, high, first, last, tuple(state), step)
+                return (*state, step)
+
+            start = (*nothing_yet(plan), jnp.int32(0))
+            *state, _ = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, start)
+            out, lse = finish(plan, tuple(state))
+            queries[...] = out.astype(plan.dtype)
+            lse_smem[worker] = lse
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(queries, out_ref.at[head, here])
+            plgpu.copy_smem_to_gmem(lse_smem.at[worker], lse_ref.at[head, here])
+            plgpu.wait_smem_to_gmem(0)
+
+    per_worker = (plan.warpgroups, ROWS)
+    out, lse = launch(
+        kernel,
+        plan,
+        out=[
+            jax.ShapeDtypeStruct((kv_heads, tiles * tile, head_dim), plan.dtype),
+            jax.ShapeDtypeStruct((kv_heads, tiles * tile), jnp.float32),
+        ],
+        scratch=[
+            plan.swizzled((*per_worker, plan.head), plan.dtype),
+            plgpu.SMEM(per_worker, jnp.float32),
+            plgpu.SMEM(per_worker, jnp.int32),
+            plgpu.SMEM(per_worker, jnp.int32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=plan.warpgroups),
+            *plan.ring(),
+        ],
+        grid={"head": kv_heads, "tile": tiles},
+    )(stacked, kv, tables, ragged.context, ragged.starts, rows, owner, positions)
+    out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
+    return out, lse[:, : tokens * group].reshape(kv_heads, tokens, group).transpose(1, 0, 2)
