@@ -142,19 +142,22 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
         weights = jnp.where(seen, weights, 0.0)
         keep = jnp.exp2(top - new_top)
         mass = mass * keep + weights.sum(axis=1)
+        weights = weights.astype(plan.dtype)
         plgpu.barrier_wait(v_full.at[slot])
 
         # Weights of unseen keys are 0, but 0 * NaN is NaN. Every warpgroup writes the same here, so none need wait
         # for another: what one reads after its own writing is not changed by theirs.
         @pl.when((chunk * span < low) | (chunk * span + span > high))
         def _():
-            shape = (span, plan.head)
-            at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + chunk * span
-            held = plgpu.layout_cast(values[slot], plgpu.Layout.WGMMA)
-            values[slot] = jnp.where((at >= low) & (at < high), held, jnp.zeros(shape, plan.dtype))
+            shape = (ROWS, plan.head)  # no more at a time, for the sake of registers
+            for start in range(0, span, ROWS):
+                at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + (chunk * span + start)
+                held = values.at[slot, pl.ds(start, ROWS)]
+                kept = plgpu.layout_cast(held[...], plgpu.Layout.WGMMA)
+                held[...] = jnp.where((at >= low) & (at < high), kept, jnp.zeros(shape, plan.dtype))
             plgpu.commit_smem()
 
-        part = _mix(plan, weights.astype(plan.dtype), values.at[slot])
+        part = _mix(plan, weights, values.at[slot])
         mixed = mixed * lax.broadcast_in_dim(keep, (ROWS, plan.head), [0]) + part
         plgpu.barrier_arrive(done.at[slot])
         return mixed, new_top, mass, step + 1
