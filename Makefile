@@ -2,7 +2,7 @@
 # PYTHON= names the interpreter for the virtual environment; otherwise tools/find-python chooses one and says which.
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-slow test-gpu check format proto bench clean
+.PHONY: help serve demo test test-slow test-gpu check format proto bench bench-gpu clean
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -20,14 +20,16 @@ help:
 	@echo "make format     put the code into the form that check asks for"
 	@echo "make proto      regenerate the gRPC code from jmemserve/server/jmemserve.proto"
 	@echo "make bench      benchmarks/serve.py (flags by ARGS=\"...\")"
+	@echo "make bench-gpu  kernels and engine on one accelerator; result files in benchmarks/results"
 	@echo "make clean      remove the virtual environment and everything built"
 
 # Made again when pyproject.toml changes, or when the environment's own interpreter has gone.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml setup.py $(wildcard jmemserve/kernels/cpu/native/*)
 	@if [ -n "$$PYTHON" ] || ! $(RUN) -c "" 2>/dev/null; then \
 	    python=$$(tools/find-python) && "$$python" -m venv --clear $(VENV); \
 	fi
 	$(RUN) -m pip install --disable-pip-version-check --editable ".[test]"
+	@$(RUN) -m jmemserve.kernels.cpu
 	@touch $@
 
 serve: $(INSTALLED)
@@ -61,6 +63,10 @@ proto: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(RUN) benchmarks/serve.py $(ARGS)
+
+# With what the machine has installed (RUN=python): such machines often have no network.
+bench-gpu:
+	@exec tools/bench-gpu $(RUN) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

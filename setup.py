@@ -12,17 +12,14 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("jmemserve/kernels/cpu/native")
 COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 FLAGS = {  # of the files that are for some processors only; which of them can run is found out when it is used
     "avx2.cc": ["-mavx2", "-mfma"],
-    "avx512.cc": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
-    "neon.cc": [],
+    "avx512.cc": AVX512,
+    "avx512bf16.cc": [*AVX512, "-mavx512bf16"],
 }
-MACHINES = {
-    "x86_64": ["avx2.cc", "avx512.cc"],
-    "AMD64": ["avx2.cc", "avx512.cc"],
-    "aarch64": ["neon.cc"],
-    "arm64": ["neon.cc"],
-}
+X86, ARM = ["avx2.cc", "avx512.cc", "avx512bf16.cc"], ["neon.cc"]
+MACHINES = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}
 
 
 def headers() -> str:

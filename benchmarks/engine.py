@@ -1,30 +1,37 @@
 """Prefill and decode speed of one instance beside the machine's own limits, measured in the same run.
 
-    python benchmarks/engine.py                      the 125M Llama shape, float32, dummy weights
-    python benchmarks/engine.py --output results.json
+    python benchmarks/engine.py                      the 125M Llama shape, dummy weights
+    python benchmarks/engine.py --config benchmarks/configs/llama-3.1-8b --prompts 512 8192 --batches 1 64 256
+    python benchmarks/engine.py --attention xla      without our own kernels
+    python benchmarks/engine.py --quick              small sizes: shows that it works, measures nothing
 
 Decode at batch b has to read every weight once per step and each sequence's keys and values: its limit is the memory
 bandwidth over those bytes. Prefill has to do two FLOP per weight and token and the attention products: its limit is
-the rate of XLA's own large matrix product. The last figure is the time to first token of a prompt whose prefix is
-in the cache, beside that of a fresh one.
+the rate of XLA's own large matrix product. The last table is the time to the first token of a prompt of which a share
+is in the cache (paper figure 13), from device memory and from host memory.
 """
 
 import argparse
+import dataclasses
 import json
 import threading
 import time
 from pathlib import Path
 
+import jax
 import machine
 import numpy as np
 from tqdm import tqdm
 
-from jmemserve.config import ClusterSpec, EngineConfig, LoadFormat, parse_mesh
+from jmemserve.config import AttentionBackend, ClusterSpec, EngineConfig, LoadFormat, SwapPolicy, parse_mesh
 from jmemserve.devices import arrange_cpu_devices
-from jmemserve.engine.build import read_model_config
+from jmemserve.engine.build import read_model_config, resolve_dtype
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.report import ConsoleReport
 from jmemserve.types import Event, Request, SamplingParams
+
+HERE = Path(__file__).parent
+SHARES = (0, 25, 50, 75, 100)  # percent of a prompt that is cached
 
 
 class Driver:
@@ -66,86 +73,129 @@ class Driver:
                 raise SystemExit(f"{request_id} did not end within 600 s")
         return start, [self.times[i] for i in ids], [self.cached[i] for i in ids]
 
+    def first_token(self, prompt: tuple[int, ...]) -> tuple[float, int]:
+        """(seconds, cached tokens)."""
+        start, times, found = self.run([prompt], 1)
+        return times[0][0] - start, found[0]
+
+    def decode_rate(self, batch: int, context: int, new_tokens: int) -> float:
+        """Tokens per second while all of a batch decode."""
+        _, times, _ = self.run([self.prompt(context) for _ in range(batch)], new_tokens)
+        begin = max(t[0] for t in times)  # from here on every sequence decodes
+        last = min(t[-1] for t in times)
+        return sum(begin < at <= last for t in times for at in t) / (last - begin)
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(Path(__file__).parent / "configs" / "llama-125m"))
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prefill test")
-    parser.add_argument("--context", type=int, default=128, help="prompt tokens of each decoding sequence")
-    parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded per sequence")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compilation-cache-dir", help="keep compiled steps here between runs")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-
+    args = _parser().parse_args()
+    if args.quick:
+        args.prompts, args.batches, args.context, args.new_tokens, args.repeats = [64], [2], 16, 16, 1
     arrange_cpu_devices(1)
+    longest, steps = max(args.prompts), max(args.batches)
+    room = max(2 * longest, steps * (args.context + args.new_tokens + 16))
     engine = EngineConfig(
         model=args.config,
         load_format=LoadFormat.DUMMY,
         dtype=args.dtype,
-        max_model_len=max(2048, args.prompt + args.new_tokens),
-        kv_cache_tokens=32768,
-        max_num_seqs=max(args.batches),
-        max_num_batched_tokens=1024,
+        attention=AttentionBackend(args.attention),
+        max_model_len=max(longest, args.context) + args.new_tokens,
+        kv_cache_tokens=-(-room // 16) * 16 + 1024,
+        max_num_seqs=steps,
+        max_num_batched_tokens=max(args.max_num_batched_tokens, steps + 1),
         compilation_cache_dir=args.compilation_cache_dir,
     )
-    driver = Driver(engine)
     config = read_model_config(engine)
-    weights, kv_per_token = count_weights(config), 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    item = 4 if args.dtype == "float32" else 2
-
-    results: dict[str, object] = {**machine.about(), "model": args.config, "dtype": args.dtype}
-    bandwidths, rates, rows = [], [], []
-    bar = tqdm(total=args.repeats * (2 + len(args.batches)), desc="measure")
-    prefill, cached, decode = [], [], {batch: [] for batch in args.batches}
+    dtype = resolve_dtype(engine, config)
+    item = np.dtype(jax.numpy.dtype(dtype)).itemsize
+    big, size = (8, 128) if args.quick else (256, 2048) if jax.default_backend() == "cpu" else (2048, 8192)
+    driver = Driver(engine)
+    bandwidths, rates = [], []
+    prefill: dict[int, list[float]] = {length: [] for length in args.prompts}
+    decode: dict[int, list[float]] = {batch: [] for batch in args.batches}
+    bar = tqdm(total=args.repeats * (len(prefill) + len(decode)), desc="measure")
     for _ in range(args.repeats):
-        bandwidths.append(machine.read_bandwidth(repeats=5))
-        rates.append(machine.matmul_rate(repeats=5))
-        prompt = driver.prompt(args.prompt)
-        start, times, _ = driver.run([prompt], 1)
-        prefill.append(times[0][0] - start)
-        bar.update(1)
-        start, times, found = driver.run([prompt], 1)
-        cached.append(times[0][0] - start)
-        assert found[0] >= args.prompt - engine.block_size, f"{found[0]} of {args.prompt} prompt tokens were cached"
-        bar.update(1)
+        bandwidths.append(max(machine.read_bandwidth(big, 5), machine.copy_bandwidth(big, 5)))
+        rates.append(machine.matmul_rate(size, 5, dtype))
+        for length in args.prompts:
+            prefill[length].append(driver.first_token(driver.prompt(length))[0])
+            bar.update(1)
         for batch in args.batches:
-            _, times, _ = driver.run([driver.prompt(args.context) for _ in range(batch)], args.new_tokens)
-            begin = max(t[0] for t in times)  # from here on every sequence decodes
-            last = min(t[-1] for t in times)
-            tokens = sum(begin < at <= last for t in times for at in t)
-            decode[batch].append(tokens / (last - begin))
+            decode[batch].append(driver.decode_rate(batch, args.context, args.new_tokens))
             bar.update(1)
     bar.close()
-
+    driver.cluster.stop()
     bandwidth, rate = float(np.median(bandwidths)), float(np.median(rates))
-    flops = 2 * weights * args.prompt + 2 * args.prompt**2 * config.num_heads * config.head_dim * config.num_layers
-    speed = args.prompt / float(np.median(prefill))
-    rows.append(("prefill", args.prompt, speed, rate / (flops / args.prompt)))
-    for batch in args.batches:
+    weights, kv_per_token = count_weights(config), 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    rows = []
+    for length, seconds in prefill.items():
+        flop = 2 * weights * length + 2 * length**2 * config.num_heads * config.head_dim * config.num_layers
+        rows.append(("prefill", length, length / float(np.median(seconds)), rate / (flop / length)))
+    for batch, speeds in decode.items():
         mean_context = args.context + args.new_tokens / 2
         limit = batch * bandwidth / (item * (weights + batch * mean_context * kv_per_token))
-        rows.append(("decode", batch, float(np.median(decode[batch])), limit))
-    results |= {
-        "read_bandwidth_gb_s": bandwidth / 1e9,
+        rows.append(("decode", batch, float(np.median(speeds)), limit))
+    first = [] if args.skip_cached else cached_prompts(engine, longest, args.repeats)
+    results = {
+        **machine.about(),
+        "model": args.config,
+        "dtype": dtype,
+        "attention": args.attention,
+        "bandwidth_gb_s": bandwidth / 1e9,
         "matmul_gflop_s": rate / 1e9,
         "rows": [dict(zip(("what", "size", "tokens_per_s", "limit"), row, strict=True)) for row in rows],
-        "ttft_s": float(np.median(prefill)),
-        "ttft_cached_s": float(np.median(cached)),
+        "first_token": first,
     }
-    print(json.dumps({key: value for key, value in results.items() if key != "rows"}, indent=2))
+    print(json.dumps({key: value for key, value in results.items() if key not in ("rows", "first_token")}, indent=2))
+    show(rows, first)
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def cached_prompts(engine: EngineConfig, length: int, repeats: int) -> list[dict[str, object]]:
+    """Seconds to the first token by the share of the prompt that is cached, and where."""
+    found = []
+    host = dataclasses.replace(engine, kv_cache_tokens=-(-length // 16) * 16 + 512, swap=SwapPolicy.ALWAYS)
+    host = dataclasses.replace(host, host_memory_gb=_gib(host, 6 * length), max_model_len=length + 16)
+    for medium, own in (("HBM", engine), ("DRAM", host)):
+        driver = Driver(own)
+        times: dict[int, list[float]] = {share: [] for share in SHARES}
+        for _ in range(repeats):
+            for share in SHARES:
+                kept = length * share // 100 // own.block_size * own.block_size
+                base = driver.prompt(max(kept, 1))
+                driver.first_token(base)
+                if medium == "DRAM":  # others take its place in device memory
+                    for _ in range(-(-(own.kv_cache_tokens or 0) // length)):
+                        driver.first_token(driver.prompt(length))
+                seconds, cached = driver.first_token((*base[:kept], *driver.prompt(length - kept)))
+                assert cached >= kept - own.block_size, f"{cached} of {kept} tokens were cached in {medium}"
+                times[share].append(seconds)
+        driver.cluster.stop()
+        found += [
+            {"medium": medium, "tokens": length, "cached_percent": share, "seconds": float(np.median(seconds))}
+            for share, seconds in times.items()
+        ]
+    return found
+
+
+def _gib(engine: EngineConfig, tokens: int) -> float:
+    """Host memory for so many tokens of keys and values."""
+    config = read_model_config(engine)
+    item = jax.numpy.dtype(resolve_dtype(engine, config)).itemsize
+    return tokens * 2 * config.num_layers * config.num_kv_heads * config.head_dim * item / (1 << 30)
+
+
+def show(rows: list[tuple[str, int, float, float]], first: list[dict[str, object]]) -> None:
+    """The tables, for people."""
     base = next(row[2] for row in rows if row[0] == "decode")
     print(f"\n{'':8} {'size':>6} {'tokens/s':>10} {'limit':>10} {'of limit':>9} {'of batch 1':>11}")
     for what, size, speed, limit in rows:
         times = f"{speed / base:10.2f}x" if what == "decode" else ""
         print(f"{what:8} {size:6} {speed:10.1f} {limit:10.1f} {speed / limit:8.1%} {times:>11}")
-    fresh, found_in_cache = float(np.median(prefill)), float(np.median(cached))
-    print(f"\nTTFT {fresh:.3f} s fresh, {found_in_cache:.3f} s cached: {found_in_cache / fresh:.1%}")
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
-    driver.cluster.stop()
+    if first:
+        print(f"\nfirst token of {first[0]['tokens']} tokens, by what is cached")
+        for row in first:
+            print(f"{row['medium']:5} {row['cached_percent']:4} %  {row['seconds']:8.3f} s")
 
 
 def count_weights(config) -> int:
@@ -153,6 +203,24 @@ def count_weights(config) -> int:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     layer = config.hidden_size * (heads + config.num_heads * config.head_dim + 3 * config.intermediate_size)
     return config.num_layers * layer + config.vocab_size * config.hidden_size
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(HERE / "configs" / "llama-125m"))
+    parser.add_argument("--dtype", default="auto", help="as of the server: float32 on CPU")
+    parser.add_argument("--attention", default="auto", choices=[backend.value for backend in AttentionBackend])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1024], help="tokens of the prefill tests")
+    parser.add_argument("--context", type=int, default=128, help="prompt tokens of each decoding sequence")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens decoded per sequence")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--max-num-batched-tokens", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--skip-cached", action="store_true", help="no prompts of which a part is cached")
+    parser.add_argument("--compilation-cache-dir", help="keep compiled steps here between runs")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path)
+    return parser
 
 
 if __name__ == "__main__":

@@ -32,12 +32,24 @@ def read_bandwidth(megabytes: int = 256, repeats: int = 9) -> float:
     return array.nbytes / median_seconds(lambda: highest(array), repeats)
 
 
-def matmul_rate(size: int = 2048, repeats: int = 9) -> float:
-    """FLOP per second of XLA's float32 matrix product at its best size up to 4,096."""
+def copy_bandwidth(megabytes: int = 256, repeats: int = 9) -> float:
+    """Bytes read and written per second, of adding one to every number of a large array in place."""
+    held = [jnp.zeros((megabytes << 20) // 4, jnp.float32)]
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def once() -> jax.Array:
+        held[0] = add(held[0])
+        return held[0]
+
+    return 2 * held[0].nbytes / median_seconds(once, repeats)
+
+
+def matmul_rate(size: int = 2048, repeats: int = 9, dtype: str = "float32") -> float:
+    """FLOP per second of XLA's matrix product at the best of half this size, this size and twice it."""
     best = 0.0
     product = jax.jit(jnp.matmul)
     for n in (size // 2, size, 2 * size):
-        a = jax.random.normal(jax.random.key(0), (n, n), jnp.float32)
+        a = jax.random.normal(jax.random.key(0), (n, n), dtype)
         best = max(best, 2 * n**3 / median_seconds(lambda a=a: product(a, a), max(3, repeats // 2)))
     return best
 

@@ -154,6 +154,7 @@ def cluster_table(report: ClusterReport) -> str:
         "blocks",
         "hits",
         "error",
+        "host",
         "place",
         "peers",
     )
@@ -176,12 +177,15 @@ def cluster_table(report: ClusterReport) -> str:
 
 def _member_row(member: MemberReport) -> tuple[str, ...]:
     load = member.load
-    numbers = ("", "", "", "", "")
+    numbers = ("",) * 6
     if load is not None and member.state not in ("dead", "left"):
         used = load.total_blocks - load.free_blocks
         hits = f"{100 * load.prefix_hits / load.prefix_queries:.0f}%" if load.prefix_queries else "-"
         error = f"{100 * load.cost_error:.1f}%" if load.cost_error else "-"  # of the predicted time of steps
-        numbers = str(load.running), str(load.waiting), f"{used}/{load.total_blocks}", hits, error
+        times = load.host
+        busy = times.plan_s + times.arrays_s + times.dispatch_s + times.commit_s  # of the host, per step
+        host = f"{1e6 * busy:.0f} us" if busy else "-"
+        numbers = str(load.running), str(load.waiting), f"{used}/{load.total_blocks}", hits, error, host
     peers = ", ".join(f"{name} by {way}" for name, way in member.peers)
     ages = f"{member.since_s:.0f} s", f"{member.heard_s:.1f} s"
     return member.name, member.role, member.state, *ages, *numbers, member.place, peers

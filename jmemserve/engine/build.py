@@ -178,6 +178,7 @@ def build(
                 arena.warm_up(store.sharding, store.sizes)
             bar.close()
         counter.close()
+        report.line(f"    {counter.seconds:.2f} s of compiling, by several threads at once")
         if engine.compilation_cache_dir is not None:
             report.line(f"    {counter.found} of {counter.count} compilations found in the cache")
     size = engine.block_size

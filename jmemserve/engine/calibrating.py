@@ -69,7 +69,8 @@ def measure(parts: Parts, budget_s: float, about: str = "") -> Profile:
     end = time.perf_counter() + budget_s
     swaps, moves = _bytes_points(parts, time.perf_counter() + BYTES_SHARE * budget_s)
     samples = measure_steps(parts, end)
-    profile = fitting.fit(samples, parts.shapes, pair_tile(parts.runner.backend), about)
+    runner = parts.runner
+    profile = fitting.fit(samples, parts.shapes, pair_tile(runner.backend), runner.padding_free, about)
     swap_call, swap_block = fitting.per_call_and_item(swaps)
     move_call, move_block = fitting.per_call_and_item(moves)
     return dataclasses.replace(

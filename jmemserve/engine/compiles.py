@@ -41,6 +41,7 @@ class CompileCounter:
         self._lock = threading.Lock()
         self.count = 0  # compiled or found
         self.found = 0  # of these, found in the persistent cache
+        self.seconds = 0.0  # of all threads together, of those that were compiled or found
         monitoring.register_event_duration_secs_listener(self._on_duration)
         monitoring.register_event_listener(self._on_event)
 
@@ -48,6 +49,7 @@ class CompileCounter:
         if event == _COMPILED:
             with self._lock:
                 self.count += 1
+                self.seconds += duration_secs
 
     def _on_event(self, event: str, **kwargs: str | int) -> None:
         if event == _FOUND:

@@ -16,9 +16,11 @@ from jmemserve.engine.aborts import Aborts
 from jmemserve.engine.build import Parts
 from jmemserve.engine.compiles import CompileCounter
 from jmemserve.engine.frontends import Frontends
+from jmemserve.engine.hosttime import HostClock
 from jmemserve.engine.mailbox import Mailbox
 from jmemserve.engine.messages import FromPeer, Stop
 from jmemserve.engine.moves import Moves
+from jmemserve.engine.outbox import Outbox, described
 from jmemserve.engine.pool_report import load_report, pool_report
 from jmemserve.engine.probing import Prober
 from jmemserve.engine.returns import Returns
@@ -33,7 +35,7 @@ from jmemserve.scheduler import messages as m
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.rules import is_crowded, wants_to_leave
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
-from jmemserve.types import Event, FinishReason, InstanceLoad, TokenLogprobs, Usage
+from jmemserve.types import FinishReason, InstanceLoad
 
 IDLE_S = 0.05  # how often an idle instance looks at its deadlines
 TRANSFER_DEADLINE_S = 30.0
@@ -87,8 +89,8 @@ class Instance:
         self._prober = Prober(self.node, say, linked)
         self._epochs: dict[str, int] = {}  # of the roster's members
         self._leaving = False
-        self._events: list[Event] = []
-        self._turned = time.monotonic()
+        self._outbox = Outbox(self.frontends)
+        self._turned, self._host = time.monotonic(), HostClock()
         self._thread = threading.Thread(target=self._run, name=spec.name, daemon=True)
 
     # -- from other threads -----------------------------------------------------------------------------------
@@ -114,7 +116,8 @@ class Instance:
 
     def load(self) -> InstanceLoad:
         """A momentary view; the numbers may belong to two neighbouring moments."""
-        return load_report(self.spec.name, self.role, self.scheduler, self._steps, self.compiles, self.costs.error)
+        costs, host = self.costs.error, self._host.times()
+        return load_report(self.spec.name, self.role, self.scheduler, self._steps, self.compiles, costs, host)
 
     def beat(self, frontend: str) -> m.Beat:
         """The sign of life of this moment for a front-end."""
@@ -130,14 +133,14 @@ class Instance:
             while self._take_messages(wait=idle):
                 now = self._turned = time.monotonic()
                 self._reap(now)
-                plan = self.scheduler.plan(now)
-                self._swap()  # before the step: what was swapped out must be read before it is written to
-                following = self.runner.launch(plan) if plan is not None else None
+                following = self._launch(now, flight)
                 idle = flight is None and following is None
                 if flight is not None:
                     self._commit(flight)
                 flight = following
-                self._flush()
+                self._outbox.flush()
+                if following is None:
+                    self._host.rest()
         except BaseException as error:  # the one place: a bug must end the process, not hang its clients
             self._on_failure(error)
 
@@ -182,11 +185,6 @@ class Instance:
             case _:
                 raise AssertionError(f"{self.spec.name} got {message!r}")
 
-    def _flush(self) -> None:
-        if self._events:
-            events, self._events = self._events, []
-            self.frontends.news(events)
-
     # -- requests ---------------------------------------------------------------------------------------------
 
     def _submit(self, message: m.Submit, now: float) -> None:
@@ -222,23 +220,8 @@ class Instance:
             self._retire(seq)
         self._moves.give_up(seq)
         self.scheduler.finish(seq)
-        self._finished(seq, reason)
-
-    def _finished(self, seq: Sequence, reason: FinishReason, token: Event | None = None) -> None:
         del self._by_id[seq.request.id]
-        prompt = len(seq.request.prompt)
-        made, tokens = len(seq.tokens) - prompt, token.tokens if token else ()
-        self._events.append(
-            Event(
-                seq.request.id,
-                tokens,
-                token.logprobs if token else (),
-                finish=reason,
-                usage=Usage(prompt, made, seq.cached_tokens),
-                timings=seq.stamps.timings(),
-                start=made - len(tokens),
-            )
-        )
+        self._outbox.end(seq, reason)
 
     def _reap(self, now: float) -> None:
         """End what is past its deadline: requests, transfers, remembered aborts; and leave, when all is done."""
@@ -254,27 +237,38 @@ class Instance:
 
     # -- steps ------------------------------------------------------------------------------------------------
 
+    def _launch(self, now: float, before: Flight | None) -> Flight | None:
+        """Plan a step and enqueue it; ``before`` is in the air. None if there is nothing to compute."""
+        began = time.monotonic()
+        plan = self.scheduler.plan(now)
+        self._swap()  # before the step: what was swapped out must be read before it is written to
+        if plan is None:
+            return None
+        plan_s = time.monotonic() - began
+        flight = self.runner.launch(plan)
+        self._host.launched(flight, plan_s, before)
+        return flight
+
     def _commit(self, flight: Flight) -> None:
-        tokens, described = flight.read()
+        tokens, entries = flight.read()
         now = time.monotonic()
+        self._host.landed(now)
         self._steps += 1
         self.costs.step(flight, now)
-        rows = {id(piece.sequence): row for row, piece in enumerate(flight.plan.slices)}
+        about, gained = described(flight, entries), list[tuple[Sequence, int]]()
         for seq, token, finish in self.scheduler.commit(flight.plan, tokens, now):
-            self._rank = max(self._rank, seq.request.rank)
-            logprobs: tuple[TokenLogprobs, ...] = ()
-            about = described[rows[id(seq)]]
-            if about is not None and token >= 0:
-                logprobs = (about,)
-            shown = (token,) if token >= 0 else ()
-            start = len(seq.tokens) - len(seq.request.prompt) - len(shown)
-            event = Event(seq.request.id, shown, logprobs, start=start)
-            if finish is not None:
-                self._finished(seq, finish, token=event)
-                continue
-            self._events.append(event)
+            if seq.request.rank > self._rank:
+                self._rank = seq.request.rank
+            if finish is None:
+                gained.append((seq, token))
+            else:
+                del self._by_id[seq.request.id]
+                self._outbox.end(seq, finish, token if token >= 0 else None, about.get(id(seq)))
+        self._outbox.tokens(gained, about)
+        for seq, _ in gained:
             if seq.state is State.LEAVING and not seq.promised:  # else the step that it leaves after is in the air
                 self._moves.hand_over(seq, seq.origin if self.role.decodes else self.spec.name, now)
+        self._host.committed(time.monotonic() - now)
 
     # -- between media ----------------------------------------------------------------------------------------
 
@@ -298,6 +292,7 @@ class Instance:
         seq = self._by_id.get(message.request_id)
         if seq is not None:
             seq.decode_hint, seq.moving = message.to, message.to != self.spec.name
+            self.scheduler.reconsider()
 
     def _gone(self, seq: Sequence) -> None:
         del self._by_id[seq.request.id]
@@ -370,7 +365,7 @@ class Instance:
             self.scheduler.finish(seq)
         self._by_id.clear()
         self._aborts.clear()
-        self._events.clear()
+        self._outbox.clear()
         for peer in list(self.node.peers.names()):
             self._forget(peer)
         self._epochs = {}

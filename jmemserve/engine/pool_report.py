@@ -7,13 +7,19 @@ from jmemserve.config import Role
 from jmemserve.engine.compiles import CompileCounter
 from jmemserve.kvpool.node import PoolNode
 from jmemserve.scheduler.local import LocalScheduler
-from jmemserve.types import InstanceLoad, MediumReport, PoolReport
+from jmemserve.types import HostTimes, InstanceLoad, MediumReport, PoolReport
 
 OLDEST = 5  # prefixes shown
 
 
 def load_report(
-    name: str, role: Role, scheduler: LocalScheduler, steps: int, compiles: CompileCounter, cost_error: float
+    name: str,
+    role: Role,
+    scheduler: LocalScheduler,
+    steps: int,
+    compiles: CompileCounter,
+    cost_error: float,
+    host: HostTimes,
 ) -> InstanceLoad:
     """A momentary view, from any thread."""
     stats = scheduler.pool.stats()
@@ -33,6 +39,7 @@ def load_report(
         preemptions=scheduler.preemptions,
         compiles_after_warmup=compiles.count,
         cost_error=cost_error,
+        host=host,
     )
 
 

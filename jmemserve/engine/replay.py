@@ -18,11 +18,13 @@ import jax
 import numpy as np
 
 from jmemserve.config import ClusterSpec
+from jmemserve.engine import garbage
 from jmemserve.engine.build import build, model_folder, read_model_config
 from jmemserve.engine.channel import Follower, Leader, Message
 from jmemserve.engine.compiles import CompileCounter, keep_compilations
+from jmemserve.engine.orders import Order
 from jmemserve.engine.report import Report
-from jmemserve.engine.runner import Order, Runner
+from jmemserve.engine.runner import Runner
 from jmemserve.errors import TransferError
 from jmemserve.kvpool.store import SpanningStore
 from jmemserve.kvpool.transports.local import LocalExchange
@@ -88,6 +90,7 @@ def run_follower(spec: ClusterSpec, follower: Follower, report: Report) -> None:
         keep_compilations(engine.compilation_cache_dir)
     parts = build(spec.instances[0], engine, config, spec.num_devices, 0, LocalExchange(), report)
     counter = CompileCounter()
+    garbage.settle()
     report.line("follows process 0")
     follow(parts.runner, follower.messages())
     report.line(f"stopped; {counter.count} programs were compiled after the start")

@@ -20,13 +20,14 @@ from jax.sharding import PartitionSpec as P
 
 from jmemserve.engine import sampling
 from jmemserve.engine.mesh import AXIS
-from jmemserve.kernels import Ragged, attention_backend, own_products
+from jmemserve.engine.orders import Order, Orders, num_ints, unpack
+from jmemserve.kernels import attention_backend, own_products
 from jmemserve.kernels.pages import page_axes
 from jmemserve.kernels.rule import Rule
 from jmemserve.kvpool.store import PageStore
-from jmemserve.models.decoder import Ops
+from jmemserve.models.decoder import Ops, project
 from jmemserve.scheduler.plan import Plan, StepShape
-from jmemserve.types import INVALID, MAX_STOP_IDS, TokenLogprobs
+from jmemserve.types import MAX_STOP_IDS, TokenLogprobs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,31 +37,28 @@ class Flight:
     plan: Plan
     tokens: jax.Array  # i32[max_seqs]
     logprobs: tuple[jax.Array, ...] | None  # of sampling.describe, when a row wants them
+    arrays_s: float = 0.0  # of the host, for the order
+    dispatch_s: float = 0.0  # of the host, for enqueuing
     launched: float = dataclasses.field(default_factory=time.monotonic)
 
-    def read(self) -> tuple[list[int], list[TokenLogprobs | None]]:
-        """Wait for the step; the sampled token of each row, and its log probabilities where they were asked for."""
+    @property
+    def over(self) -> bool:
+        """Has the device done it?"""
+        return self.tokens.is_ready()  # type: ignore[attr-defined]  # every array of a device has it
+
+    def read(self) -> tuple[list[int], list[TokenLogprobs | None] | None]:
+        """Wait for the step; the sampled token of each row, and log probabilities where rows asked for them, if any."""
         tokens = np.asarray(self.tokens).tolist()
-        described: list[TokenLogprobs | None] = [None] * len(self.plan.slices)
-        if self.logprobs is not None:
-            chosen, rank, ids, top = (np.asarray(x) for x in self.logprobs)
-            for row, piece in enumerate(self.plan.slices):
-                wanted = piece.sequence.request.params.logprobs
-                if wanted is not None and piece.samples:
-                    best = zip(ids[row, :wanted].tolist(), top[row, :wanted].tolist(), strict=True)
-                    described[row] = TokenLogprobs(tokens[row], float(chosen[row]), int(rank[row]), tuple(best))
+        if self.logprobs is None:
+            return tokens, None
+        described: list[TokenLogprobs | None] = [None] * self.plan.num_rows
+        chosen, rank, ids, top = (np.asarray(x) for x in self.logprobs)
+        for row, piece in enumerate(self.plan.slices):
+            wanted = piece.sequence.request.params.logprobs
+            if wanted is not None and piece.samples:
+                best = zip(ids[row, :wanted].tolist(), top[row, :wanted].tolist(), strict=True)
+                described[row] = TokenLogprobs(tokens[row], float(chosen[row]), int(rank[row]), tuple(best))
         return tokens, described
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Order:
-    """All that the host gives for one step. On a mesh of several processes each of them must give the same."""
-
-    shape: StepShape
-    ints: np.ndarray  # of ``_make_ints``
-    penalties: tuple[np.ndarray, ...] | None  # history, counts, banned, floats, from_last of ``sampling.penalize``
-    draw: tuple[np.ndarray, ...] | None  # of ``sampling.draw``; None: every row is greedy
-    describe: bool  # somebody wants log probabilities
 
 
 class Runner:
@@ -84,15 +82,17 @@ class Runner:
         self.store, self.backend = store, backend
         self.record: Callable[[Order], None] = lambda order: None
         self.leads = False  # other processes hear of it
+        self.padding_free = own_products(backend) is not None and mesh.size == 1
         self.shapes = shapes
         self.max_seqs = max(shape.seqs for shape in shapes)
         self.width = -(-max_model_len // store.layout.block_size)
+        self._orders = Orders(self.width, store.layout.block_size, max_model_len)
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self._leaves, self._structure = jax.tree.flatten(state)
         self._everywhere = NamedSharding(mesh, P())
         self._last = self._put(np.zeros(self.max_seqs, np.int32))
-        self._step = _make_step(graph, self._structure, mesh, backend)
+        self._step = _make_step(graph, self._structure, mesh, backend, self.max_seqs)
         self._steps: dict[StepShape, Callable] = {}
         self._samplers: dict[tuple[str, int], Callable] = {}
 
@@ -124,8 +124,8 @@ class Runner:
         self.shapes = tuple(sorted({*self.shapes, *shapes}))
 
     def _compile_step(self, shape: StepShape) -> None:
-        ints = jax.ShapeDtypeStruct((_num_ints(shape, self.width),), jnp.int32, sharding=self._everywhere)
-        out = (self.store.pages_sharding, self._everywhere)
+        ints = jax.ShapeDtypeStruct((num_ints(shape, self.width),), jnp.int32, sharding=self._everywhere)
+        out = (self.store.pages_sharding, self._everywhere, self._everywhere)
         step = jax.jit(self._step, static_argnums=4, donate_argnums=1, out_shardings=out)
         lowered = step.lower(self._leaves, self.store.pages, self._last, ints, (shape, self.width))
         compiled = lowered.compile()
@@ -140,8 +140,6 @@ class Runner:
         function, arguments = _SAMPLERS[name]
         shapes = arguments(self.vocab_size, rows, self.max_seqs, self.max_model_len)
         structs = [jax.ShapeDtypeStruct(shape, dtype, sharding=self._everywhere) for shape, dtype in shapes]
-        if name in ("greedy", "draw"):
-            function = _padded(function, self.max_seqs)
         jitted = jax.jit(function, out_shardings=self._everywhere)
         self._samplers[name, rows] = jitted.lower(*structs).compile()
 
@@ -149,10 +147,14 @@ class Runner:
 
     def launch(self, plan: Plan) -> Flight:
         """Enqueue one step and return at once."""
-        tokens, described = self.enqueue(self._make_order(plan))
-        for array in (tokens, *(described or ())):
+        began = time.monotonic()
+        order = self._orders.make(plan)
+        ordered = time.monotonic()
+        tokens, described = self.enqueue(order)
+        tokens.copy_to_host_async()
+        for array in described or ():
             array.copy_to_host_async()
-        return Flight(plan, tokens, described)
+        return Flight(plan, tokens, described, ordered - began, time.monotonic() - ordered)
 
     def enqueue(self, order: Order) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
         """Enqueue the step and the samplers that an order asks for: (tokens, what ``sampling.describe`` says)."""
@@ -160,31 +162,17 @@ class Runner:
         shape = order.shape
         if shape not in self._steps:
             self._compile_step(shape)  # only with warm-up switched off
-        step = self._steps[shape]
-        self.store.pages, logits = step(self._leaves, self.store.pages, self._last, self._put(order.ints))
+        ints = self.store.argument(order.ints)
+        self.store.pages, logits, tokens = self._steps[shape](self._leaves, self.store.pages, self._last, ints)
         if order.penalties is not None:
-            *arrays, from_last = (self._put(x) for x in order.penalties)
+            *arrays, from_last = (self.store.argument(x) for x in order.penalties)
             logits = self._call("penalize", shape.seqs, logits, *arrays, self._last, from_last)
-        if order.draw is None:
-            tokens = self._call("greedy", shape.seqs, logits)
-        else:
-            tokens = self._call("draw", shape.seqs, logits, *(self._put(x) for x in order.draw))
+        if order.draw is not None:
+            tokens = self._call("draw", shape.seqs, logits, *(self.store.argument(x) for x in order.draw), tokens)
         self._last = tokens
         return tokens, self._call("describe", shape.seqs, logits, tokens) if order.describe else None
 
-    def _make_order(self, plan: Plan) -> Order:
-        ints, from_last = _make_ints(plan, self.width, self.store.layout.block_size)
-        shaped = any(_shaped(piece.sequence) for piece in plan.slices)
-        params = [piece.sequence.request.params for piece in plan.slices]
-        return Order(
-            plan.shape,
-            ints,
-            (*_make_penalties(plan, self.max_model_len), from_last) if shaped else None,
-            None if all(p.temperature == 0 for p in params) else _make_draw(plan),
-            any(piece.samples and piece.sequence.request.params.logprobs is not None for piece in plan.slices),
-        )
-
-    def _call(self, name: str, rows: int, *arrays: jax.Array):
+    def _call(self, name: str, rows: int, *arrays: jax.Array | np.ndarray):
         if (name, rows) not in self._samplers:
             self._compile_sampler(name, rows)  # only with warm-up switched off
         return self._samplers[name, rows](*arrays)
@@ -193,15 +181,15 @@ class Runner:
         return self.store.place(array, self._everywhere)
 
 
-def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str) -> Callable:
-    """The traced step: (leaves, pages, last, ints, (shape, width)) -> (pages, logits [V, B])."""
+def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str, rows: int) -> Callable:
+    """The traced step: (leaves, pages, last, ints, (shape, width)) -> (pages, logits [V, B], likeliest i32[rows])."""
     kernel = attention_backend(backend)
     # On a mesh of several devices XLA divides the products, which it cannot do with others' code.
     products = own_products(backend) if mesh.size == 1 else None
 
     def step(leaves, pages, last, ints, key: tuple[StepShape, int]):
         shape, width = key
-        tokens, ragged, from_last = _unpack(ints, shape, width)
+        tokens, ragged, from_last = unpack(ints, shape, width)
         ends = jnp.maximum(ragged.starts[1:] - 1, 0)
         at = jnp.where(from_last >= 0, ends, shape.tokens)
         tokens = tokens.at[at].set(last[jnp.maximum(from_last, 0)], mode="drop")
@@ -219,106 +207,24 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str) -> Call
 
         model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
         if products is None:
-            hidden, pages = model(tokens, ragged.positions, pages, Ops(attend))
-            return pages, model.logits(hidden[:, ends])
-        packed = functools.partial(products, used=ragged.starts[-1])
-        hidden, pages = model(tokens, ragged.positions, pages, Ops(attend, packed))
-        rows = jnp.sum(ragged.context > 0, dtype=jnp.int32)
-        return pages, model.logits(hidden[:, ends], functools.partial(products, used=rows))
+            of_tokens = of_rows = project
+        else:
+            of_tokens = functools.partial(products, used=ragged.starts[-1])
+            of_rows = functools.partial(products, used=jnp.sum(ragged.context > 0, dtype=jnp.int32))
+        hidden, pages = model(tokens, ragged.positions, pages, Ops(attend, of_tokens))
+        logits = model.logits(hidden[:, ends], of_rows)
+        return pages, logits, _first_rows(sampling.greedy(logits), rows)
 
     return step
 
 
-def _num_ints(shape: StepShape, width: int) -> int:
-    return 3 * shape.tokens + shape.seqs * (width + 3) + 1
+def _first_rows(tokens: jax.Array, rows: int) -> jax.Array:
+    """i32[B] -> i32[rows], whatever B is, so that the next step always reads the same shape."""
+    return jnp.zeros(rows, jnp.int32).at[: tokens.shape[0]].set(tokens)
 
 
-def _unpack(ints: jax.Array, shape: StepShape, width: int) -> tuple[jax.Array, Ragged, jax.Array]:
-    """The one array that travels to the device per step -> (tokens, where they live, rows of the last output)."""
-    t, b = shape.tokens, shape.seqs
-    sizes = (t, t, t, b * width, b, b + 1, b)
-    edges = np.cumsum((0, *sizes))
-    assert edges[-1] == _num_ints(shape, width), (edges[-1], shape, width)
-    tokens, positions, slots, tables, context, starts, from_last = (
-        ints[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True)
-    )
-    return tokens, Ragged(positions, slots, tables.reshape(b, width), context, starts), from_last
-
-
-def _make_ints(plan: Plan, width: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The step's integers, in the order of ``_unpack``; padding writes to page 0."""
-    t, b = plan.shape.tokens, plan.shape.seqs
-    tokens, positions, slots = np.zeros((3, t), np.int32)
-    tables = np.zeros((b, width), np.int32)
-    context, from_last = np.zeros(b, np.int32), np.full(b, INVALID, np.int32)
-    starts = np.zeros(b + 1, np.int32)
-    at = 0
-    for row, piece in enumerate(plan.slices):
-        seq, stop = piece.sequence, piece.start + piece.length
-        end = at + piece.length
-        host = seq.tokens[piece.start : stop]
-        assert len(host) == piece.length - (piece.promised_row != INVALID), (len(host), piece)
-        tokens[at : at + len(host)] = host
-        table = np.array(seq.table[: -(-stop // block_size)], np.int32)
-        tables[row, : len(table)] = table
-        place = np.arange(piece.start, stop, dtype=np.int32)
-        positions[at:end] = place
-        slots[at:end] = table[place // block_size] * block_size + place % block_size
-        context[row], from_last[row] = stop, piece.promised_row
-        starts[row + 1] = at = end
-    starts[len(plan.slices) + 1 :] = at
-    return np.concatenate((tokens, positions, slots, tables.ravel(), context, starts, from_last)), from_last
-
-
-def _make_draw(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays of ``sampling.draw``."""
-    floats = np.zeros((3, plan.shape.seqs), np.float32)
-    floats[1] = 1
-    ints = np.zeros((4, plan.shape.seqs), np.uint32)
-    for row, piece in enumerate(plan.slices):
-        request = piece.sequence.request
-        params = request.params
-        floats[:, row] = params.temperature, max(params.top_p, 1e-30), params.min_p  # no top_p is 0 in float32
-        position = piece.start + piece.length
-        ints[:, row] = max(0, params.top_k), request.seed >> 32, request.seed & 0xFFFFFFFF, position
-    return floats, ints.view(np.int32)
-
-
-def _shaped(seq) -> bool:
-    """Do penalties or banned tokens change this sequence's logits?"""
-    params = seq.request.params
-    return params.has_penalties or seq.generated <= params.min_tokens and params.min_tokens > 0
-
-
-def _make_penalties(plan: Plan, max_model_len: int) -> tuple[np.ndarray, ...]:
-    """The first arrays of ``sampling.penalize``; rows without penalties get ones that change nothing."""
-    rows = plan.shape.seqs
-    history = np.zeros((rows, max_model_len), np.int32)
-    counts = np.zeros((2, rows), np.int32)
-    banned = np.full((rows, MAX_STOP_IDS), INVALID, np.int32)
-    floats = np.zeros((3, rows), np.float32)
-    floats[0] = 1
-    for row, piece in enumerate(plan.slices):
-        seq = piece.sequence
-        params = seq.request.params
-        history[row, : len(seq.tokens)] = seq.tokens
-        counts[:, row] = len(seq.request.prompt), len(seq.tokens)
-        floats[:, row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-        drawn_before = piece.start + piece.length - len(seq.request.prompt)
-        if drawn_before < params.min_tokens:
-            ids = sorted(seq.request.stop_ids)
-            banned[row, : len(ids)] = ids
-    return history, counts, banned, floats
-
-
-def _padded(function: Callable, rows: int) -> Callable:
-    """Let a sampler return i32[rows] whatever its batch is, so that the next step always reads the same shape."""
-
-    def call(logits: jax.Array, *arrays: jax.Array) -> jax.Array:
-        tokens = function(logits, *arrays)
-        return jnp.zeros(rows, jnp.int32).at[: tokens.shape[0]].set(tokens)
-
-    return call
+def _draw(logits: jax.Array, floats: jax.Array, ints: jax.Array, greedy: jax.Array) -> jax.Array:
+    return _first_rows(sampling.draw(logits, floats, ints), greedy.shape[0])
 
 
 def _describe(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
@@ -326,8 +232,10 @@ def _describe(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, ...]:
 
 
 _SAMPLERS: dict[str, tuple[Callable, Callable[[int, int, int, int], list]]] = {
-    "greedy": (sampling.greedy, lambda v, b, r, m: [((v, b), jnp.float32)]),
-    "draw": (sampling.draw, lambda v, b, r, m: [((v, b), jnp.float32), ((3, b), jnp.float32), ((4, b), jnp.int32)]),
+    "draw": (
+        _draw,
+        lambda v, b, r, m: [((v, b), jnp.float32), ((3, b), jnp.float32), ((4, b), jnp.int32), ((r,), jnp.int32)],
+    ),
     "penalize": (
         sampling.penalize,
         lambda v, b, r, m: [

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jmemserve.config import SwapPolicy
 from jmemserve.engine.runner import Flight
-from jmemserve.scheduler.cost_model import Profile
+from jmemserve.scheduler.cost_model import Profile, work
 from jmemserve.scheduler.costs import CostMeter
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.messages import CostNews
@@ -41,10 +41,16 @@ class Weigher:
     def step(self, flight: Flight, now: float) -> None:
         """A step has ended: learn what computing costs, and see if swapping is worth it."""
         began, self._landed = max(flight.launched, self._landed), now
-        rows = [(piece.start, piece.length) for piece in flight.plan.slices]
-        self._refiner.step(flight.plan.shape, rows, now - began)
-        if teaches_prefill(flight.plan):
-            self._meter.step(flight.plan.num_tokens, now - began)
+        plan = flight.plan
+        if plan.repeats:
+            self._refiner.step(plan.shape, plan.num_tokens, 0.0, plan.context, now - began)
+        elif self._refiner.profile is not None:
+            rows = [(piece.start, piece.length) for piece in plan.planned]
+            self._refiner.step(
+                plan.shape, plan.num_tokens, *work(plan.shape, rows, self._refiner.profile.tile), now - began
+            )
+        if teaches_prefill(plan):
+            self._meter.step(plan.num_tokens, now - began)
         if self._swap is SwapPolicy.AUTO:
             pool = self._scheduler.pool
             self._scheduler.swap_costs = self._meter.costs()

@@ -168,7 +168,9 @@ class TokenIndex:
         num_dram = len(in_dram) - in_dram.count(0)
         space.counts[HBM] += len(locations) - num_dram
         space.counts[DRAM] += num_dram
-        if self.log is not None:
+        if self.log is not None and not in_dram:
+            self.log.stored(Medium.HBM, name, before, ids, raw[: len(locations) * self.step])
+        elif self.log is not None:
             for medium, stretch in itertools.groupby(range(len(locations)), lambda i: int(locations[i] < 0)):
                 places = list(stretch)
                 start, stop = places[0], places[-1] + 1

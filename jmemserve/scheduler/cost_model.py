@@ -13,7 +13,7 @@ import bisect
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jmemserve.errors import ConfigError
@@ -33,6 +33,7 @@ class Profile:
     swap_block_s: float = 0.0
     about: str = ""  # of what, for people
     tile: int = 1  # queries and keys that attention looks at in one go, in packed steps
+    padding_free: bool = False  # what only fills up a step's shape is not computed
 
     def check(self) -> None:
         """Raise ConfigError, naming the field, if a number cannot be a cost."""
@@ -48,6 +49,8 @@ class Profile:
                 )
         if isinstance(self.tile, bool) or not isinstance(self.tile, int) or self.tile < 1:
             raise ConfigError(f"tile of a profile must be 1 or more, not {self.tile!r}")
+        if not isinstance(self.padding_free, bool):
+            raise ConfigError(f"padding_free of a profile must be true or false, not {self.padding_free!r}")
         if not isinstance(self.about, str):
             raise ConfigError(f"about of a profile must be a text, not {self.about!r}")
         if not any(tokens > seqs for tokens, seqs, _ in self.steps):
@@ -95,16 +98,20 @@ class CostModel:
         self._shapes = {StepShape(tokens, seqs): s for tokens, seqs, s in profile.steps}
         self._rows = [tokens for tokens, _ in self._ones]
 
-    def step_s(self, shape: StepShape, pairs: float, context: int) -> float:
-        """One step: so many pairs of new tokens with their contexts, and so much context of rows with one new token."""
-        base = self._shapes.get(shape)
-        if base is None:
-            base = self._base(shape.tokens) if shape.tokens > shape.seqs else self._decode_base(shape.tokens)
+    def step_s(self, shape: StepShape, new: int, pairs: float, context: int) -> float:
+        """One step: new tokens, pairs of them with their contexts, and the context of rows with one new token."""
+        packed = shape.tokens > shape.seqs
+        if self.profile.padding_free:
+            base = self._base(new) if packed else self.decode_step_s(new, 0)
+        elif shape in self._shapes:
+            base = self._shapes[shape]
+        else:
+            base = self._base(shape.tokens) if packed else self._decode_base(shape.tokens)
         return base + pairs * self.profile.pair_s + context * self.profile.context_s
 
-    def rows_s(self, shape: StepShape, rows: Iterable[tuple[int, int]]) -> float:
+    def rows_s(self, shape: StepShape, rows: Sequence[tuple[int, int]]) -> float:
         """One step of rows given as (first new token's place, new tokens)."""
-        return self.step_s(shape, *work(shape, rows, self.profile.tile))
+        return self.step_s(shape, sum(new for _, new in rows), *work(shape, rows, self.profile.tile))
 
     def prefill_s(self, tokens: int, cached: int) -> float:
         """The paper's exec(x, y): a prompt of ``tokens`` with the first ``cached`` in place, on an idle instance."""
@@ -117,7 +124,7 @@ class CostModel:
         pairs = visited(largest, cached, whole * largest, self.profile.tile)
         start = cached + whole * largest
         for shape, length in self._chunks(rest):
-            seconds += self._base(shape)
+            seconds += self._base(length)
             pairs += visited(shape, start, length, self.profile.tile)
             start += length
         return seconds + pairs * self.profile.pair_s
@@ -168,11 +175,18 @@ class CostModel:
         return self.profile.swap_call_s + blocks * self.profile.swap_block_s if blocks else 0.0
 
     def _base(self, tokens: int) -> float:
-        """The smallest packed step that holds so many tokens; beyond the largest, in proportion."""
+        """The smallest packed step that holds so many tokens; beyond the largest, in proportion.
+
+        Where padding is free, in proportion between the sizes, too; the least is a decode step of one row.
+        """
         place = bisect.bisect_left(self._sizes, tokens)
         if place == len(self._packed):
             return self._packed[-1][1] * tokens / self._sizes[-1]
-        return self._packed[place][1]
+        size, seconds = self._packed[place]
+        if not self.profile.padding_free or size == tokens:
+            return seconds
+        below, least = self._packed[place - 1] if place else (self._ones or self._packed)[0]
+        return least + (seconds - least) * max(0, tokens - below) / max(1, size - below)
 
     def _decode_base(self, rows: int) -> float:
         if not self._ones:

@@ -37,7 +37,9 @@ def typical(seconds: Sequence[float]) -> float:
     return statistics.median_low(seconds)
 
 
-def fit(samples: Sequence[Sample], shapes: Sequence[StepShape], tile: int = 1, about: str = "") -> Profile:
+def fit(
+    samples: Sequence[Sample], shapes: Sequence[StepShape], tile: int = 1, padding_free: bool = False, about: str = ""
+) -> Profile:
     """The operator-level constants, with a base for each of ``shapes``.
 
     Those that were not measured lie between their neighbours of the same kind, or cost in proportion to the nearest;
@@ -56,7 +58,7 @@ def fit(samples: Sequence[Sample], shapes: Sequence[StepShape], tile: int = 1, a
             break
         del kept[worst]
     steps = [*_table(bases, shapes, packed=False), *_table(bases, shapes, packed=True)]
-    return Profile(tuple(sorted(steps)), pair_s, context_s, about=about, tile=tile)
+    return Profile(tuple(sorted(steps)), pair_s, context_s, about=about, tile=tile, padding_free=padding_free)
 
 
 def per_call_and_item(points: Sequence[tuple[int, float]]) -> tuple[float, float]:

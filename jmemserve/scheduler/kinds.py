@@ -45,10 +45,15 @@ class Kinds:
         return len(self._models)
 
 
+def _way(costs: CostModel) -> tuple[int, bool]:
+    """How work is counted."""
+    return costs.profile.tile, costs.profile.padding_free
+
+
 def _pace(own: CostModel, model: CostModel) -> float | None:
     """How much slower all that the one computes is than with the other; None: they are of different kinds."""
     steps, others = own.profile.steps, model.profile.steps
-    if [step[:2] for step in steps] != [step[:2] for step in others] or own.profile.tile != model.profile.tile:
+    if [step[:2] for step in steps] != [step[:2] for step in others] or _way(own) != _way(model):
         return None
     ratios = [mine / theirs for (*_, mine), (*_, theirs) in zip(steps, others, strict=True)]
     pace = median(ratios)

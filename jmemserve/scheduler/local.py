@@ -14,7 +14,6 @@ Pure: no clock, no device; ``now`` is an argument.
 """
 
 import bisect
-import dataclasses
 import itertools
 from collections import abc, deque
 from collections.abc import Callable, Iterable
@@ -23,8 +22,9 @@ from jmemserve.errors import PoolFull
 from jmemserve.kvpool import BlockAddress, BlockPool, Medium, Swap
 from jmemserve.scheduler.costs import SwapCosts
 from jmemserve.scheduler.fairness import order
-from jmemserve.scheduler.plan import Plan, Slice, StepShape, smallest
+from jmemserve.scheduler.plan import Plan, Slice, StepShape, smallest, trim
 from jmemserve.scheduler.sequence import Sequence, State
+from jmemserve.scheduler.steady import Steady
 from jmemserve.types import INVALID, FinishReason
 
 
@@ -53,9 +53,14 @@ class LocalScheduler:
 
     def take_shapes(self, shapes: tuple[StepShape, ...]) -> None:
         """Plan steps of these shapes from now on."""
+        self.reconsider()
         self.shapes = shapes
         self.max_tokens = max(shape.tokens for shape in shapes)
         self.max_seqs = max(shape.seqs for shape in shapes)
+
+    def reconsider(self) -> None:
+        """What ``leaves`` says may be otherwise now, or a sequence was changed from outside."""
+        self._steady: Steady | None = None
 
     # -- sequences come and go --------------------------------------------------------------------------------
 
@@ -130,6 +135,10 @@ class LocalScheduler:
 
     def plan(self, now: float) -> Plan | None:
         """The next step, or None when there is nothing to compute. Counts everything in it as done."""
+        repeated = self._repeat()
+        if repeated is not None:
+            return repeated
+        self._steady = None
         pieces: list[Slice] = []
         budget = self.max_tokens
         preempted: set[int] = set()
@@ -163,13 +172,15 @@ class LocalScheduler:
             budget -= length
         if not pieces:
             return None
-        self._trim(pieces)
+        trim(self.shapes, pieces)
         shape = smallest(self.shapes, [piece.length for piece in pieces])
         assert shape is not None, f"no shape of {self.shapes} holds {[piece.length for piece in pieces]}"
         for row, piece in enumerate(pieces):
             self._advance(piece, row)
         self.plans += 1
-        return Plan(self.plans, shape, tuple(pieces))
+        plan = Plan(self.plans, shape, tuple(pieces))
+        self._steady = Steady.of(plan, self.running, size)
+        return plan
 
     def commit(self, plan: Plan, sampled: list[int], now: float) -> list[tuple[Sequence, int, FinishReason | None]]:
         """The step has ended and row b sampled ``sampled[b]``. Returns (sequence, token, finish) of those that got one.
@@ -177,6 +188,9 @@ class LocalScheduler:
         A stop token is not appended and comes back as INVALID. Sequences that end are let go; sequences that gave up
         their blocks since the plan was made keep the token but index nothing. Full blocks enter the index here.
         """
+        steady = self._steady
+        if steady is not None and steady.sequences == self.running and steady.covers(plan, sampled[: plan.num_rows]):
+            return self._commit_repeated(steady, plan, sampled, now)
         news: list[tuple[Sequence, int, FinishReason | None]] = []
         for piece, token in zip(plan.slices, sampled, strict=False):
             seq = piece.sequence
@@ -195,6 +209,39 @@ class LocalScheduler:
                 news.append((seq, shown, finish))
         return news
 
+    # -- steady decoding --------------------------------------------------------------------------------------
+
+    def _repeat(self) -> Plan | None:
+        """The plan before once more, each row a token further; None when more than that may have to be done."""
+        steady = self._steady
+        if steady is None or steady.sequences != self.running or steady.plan.repeats >= steady.last:
+            return None
+        if self.waiting and self._active < self.max_seqs or steady.sequences[0].promised != 1:
+            return None
+        size, begin = self.pool.block_size, steady.beginning(steady.plan.repeats + 1)
+        lacking = [seq for _, seq in begin if len(seq.blocks) * size <= seq.computed]
+        if lacking:
+            if len(lacking) > self.pool.room():
+                return None
+            for seq, block in zip(lacking, self.pool.alloc_mem(len(lacking)), strict=True):
+                seq.blocks.append(block)
+                seq.table.append(block.index)
+        self.plans += 1
+        return steady.repeat(self.plans, tuple([(row, seq.table[seq.computed // size]) for row, seq in begin]))
+
+    def _commit_repeated(
+        self, steady: Steady, plan: Plan, sampled: list[int], now: float
+    ) -> list[tuple[Sequence, int, FinishReason | None]]:
+        """As ``commit``, when every row got a token and goes on."""
+        for seq, token in zip(steady.sequences, sampled, strict=False):
+            seq.tokens.append(token)
+            seq.promised -= 1
+            seq.landed += 1
+            seq.stamps.last_token = now
+        for _, seq in steady.beginning(plan.repeats + 1):  # the next token begins a block: this one filled one
+            self._index(seq)
+        return list(zip(steady.sequences, sampled, itertools.repeat(None)))  # noqa: B905
+
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _keep_promise(self, seq: Sequence, token: int, now: float) -> tuple[FinishReason | None, int]:
@@ -210,22 +257,6 @@ class LocalScheduler:
         seq.tokens.append(token)
         done = seq.full and not seq.promised
         return (FinishReason.LENGTH if done else None), token
-
-    def _trim(self, pieces: list[Slice]) -> None:
-        """Shorten the last long slice where that saves padding: 520 tokens cost less as 512 and 8 than as 1,024."""
-        if pieces[-1].length == 1:
-            return
-        lengths = [piece.length for piece in pieces]
-        shape, total = smallest(self.shapes, lengths), sum(lengths)
-        packed = sorted({shape.tokens for shape in self.shapes if shape.tokens > shape.seqs})
-        last = pieces[-1]
-        fitting = [size for size in packed if total - last.length < size < total]
-        if shape is None or shape.tokens not in packed or not fitting:
-            return
-        rest = next(size for size in packed if size >= total - fitting[-1])
-        if fitting[-1] + rest < shape.tokens:
-            length = last.length - (total - fitting[-1])
-            pieces[-1] = dataclasses.replace(last, length=length, samples=False, promised_row=INVALID)
 
     def _advance(self, piece: Slice, row: int) -> None:
         """Count a planned slice as done."""

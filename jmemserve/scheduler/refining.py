@@ -40,11 +40,11 @@ class Refiner:
         """Mean of |predicted - measured| / measured over the last steps; 0: nothing was compared."""
         return self._error.value
 
-    def step(self, shape: StepShape, rows: list[tuple[int, int]], seconds: float) -> None:
-        """A step of rows, (first new token's place, new tokens) each, took so long."""
+    def step(self, shape: StepShape, new: int, pairs: float, context: int, seconds: float) -> None:
+        """A step of so many new tokens, pairs and so much context (see ``cost_model.work``) took so long."""
         if self._model is None or seconds <= 0:
             return
-        predicted = self._model.rows_s(shape, rows)
+        predicted = self._model.step_s(shape, new, pairs, context)
         self._error.add(min(FAR, abs(predicted - seconds) / seconds))
         if predicted > 0:
             self._ratios[shape.tokens > shape.seqs].append(seconds / predicted)

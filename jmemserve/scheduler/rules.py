@@ -19,4 +19,4 @@ def is_crowded(scheduler: LocalScheduler, sequences: int) -> bool:
 
 def teaches_prefill(plan: Plan) -> bool:
     """Is a step mostly of prompts, so that its time tells what computing them costs?"""
-    return plan.num_tokens >= 4 * len(plan.slices)
+    return plan.shape.tokens > plan.shape.seqs and plan.num_tokens >= 4 * plan.num_rows

@@ -13,6 +13,7 @@ import sys
 import traceback
 
 from jmemserve.devices import arrange_cpu_devices
+from jmemserve.engine import garbage
 from jmemserve.engine.build import model_facts, model_folder, read_model_config
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.report import Report
@@ -74,6 +75,7 @@ async def run(config: ServeConfig, report: Report) -> int:
                 return _end_before_serving(supervisor)
             cluster.open()
         _open(config, report, frontend, cluster, model_text)
+        garbage.settle()
         await server.publish()
         report.line(_how_to_call(config.host, port, frontend.model.text is not None))
         watching = asyncio.ensure_future(_watch(supervisor, cluster))

@@ -570,7 +570,7 @@ class GetLoadResponse(_message.Message):
     def __init__(self, instances: _Optional[_Iterable[_Union[InstanceLoad, _Mapping]]] = ..., calls: _Optional[int] = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
-    __slots__ = ("instance", "role", "running", "waiting", "leaving", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "prefix_hits", "prefix_queries", "steps", "preemptions", "compiles_after_warmup", "cost_error")
+    __slots__ = ("instance", "role", "running", "waiting", "leaving", "free_blocks", "cached_blocks", "held_blocks", "total_blocks", "prefix_hits", "prefix_queries", "steps", "preemptions", "compiles_after_warmup", "cost_error", "host")
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -586,6 +586,7 @@ class InstanceLoad(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     COMPILES_AFTER_WARMUP_FIELD_NUMBER: _ClassVar[int]
     COST_ERROR_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     instance: str
     role: InstanceRole
     running: int
@@ -601,7 +602,24 @@ class InstanceLoad(_message.Message):
     preemptions: int
     compiles_after_warmup: int
     cost_error: float
-    def __init__(self, instance: _Optional[str] = ..., role: _Optional[_Union[InstanceRole, str]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., leaving: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., cost_error: _Optional[float] = ...) -> None: ...
+    host: HostTimes
+    def __init__(self, instance: _Optional[str] = ..., role: _Optional[_Union[InstanceRole, str]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., leaving: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., cost_error: _Optional[float] = ..., host: _Optional[_Union[HostTimes, _Mapping]] = ...) -> None: ...
+
+class HostTimes(_message.Message):
+    __slots__ = ("plan_s", "arrays_s", "dispatch_s", "commit_s", "gap_s", "starved")
+    PLAN_S_FIELD_NUMBER: _ClassVar[int]
+    ARRAYS_S_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_S_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_S_FIELD_NUMBER: _ClassVar[int]
+    GAP_S_FIELD_NUMBER: _ClassVar[int]
+    STARVED_FIELD_NUMBER: _ClassVar[int]
+    plan_s: float
+    arrays_s: float
+    dispatch_s: float
+    commit_s: float
+    gap_s: float
+    starved: int
+    def __init__(self, plan_s: _Optional[float] = ..., arrays_s: _Optional[float] = ..., dispatch_s: _Optional[float] = ..., commit_s: _Optional[float] = ..., gap_s: _Optional[float] = ..., starved: _Optional[int] = ...) -> None: ...
 
 class ResetPrefixCacheRequest(_message.Message):
     __slots__ = ()

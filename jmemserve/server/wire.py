@@ -14,6 +14,7 @@ from jmemserve.server.messages import Delta, Finished, Message
 from jmemserve.types import (
     ClusterReport,
     FinishReason,
+    HostTimes,
     InstanceLoad,
     MediumReport,
     MemberReport,
@@ -51,6 +52,7 @@ _LOAD_NUMBERS = (
     *("prefix_hits", "prefix_queries", "steps", "preemptions", "compiles_after_warmup", "cost_error"),
 )
 
+_HOST_NUMBERS = ("plan_s", "arrays_s", "dispatch_s", "commit_s", "gap_s", "starved")
 _MEMBER_FIELDS = ("name", "epoch", "place", "address", "since_s", "heard_s", "reason", "profile")
 _CLUSTER_NUMBERS = (
     *("requests", "retries", "moves", "failed", "pulls", "prompt_tokens", "predicted_tokens", "cached_tokens"),
@@ -171,13 +173,15 @@ def instance_to_wire(spec: InstanceSpec) -> pb.Instance:
 def load_to_wire(load: InstanceLoad) -> pb.InstanceLoad:
     """The load of an instance."""
     numbers = {name: getattr(load, name) for name in _LOAD_NUMBERS}
-    return pb.InstanceLoad(instance=load.instance, role=_ROLES[Role(load.role)], **numbers)
+    host = pb.HostTimes(**{name: getattr(load.host, name) for name in _HOST_NUMBERS})
+    return pb.InstanceLoad(instance=load.instance, role=_ROLES[Role(load.role)], host=host, **numbers)
 
 
 def load_from_wire(load: pb.InstanceLoad) -> InstanceLoad:
     """The inverse of ``load_to_wire``."""
     role = {number: role.value for role, number in _ROLES.items()}.get(load.role, "unknown")
-    return InstanceLoad(load.instance, role, **{name: getattr(load, name) for name in _LOAD_NUMBERS})
+    host = HostTimes(**{name: getattr(load.host, name) for name in _HOST_NUMBERS})
+    return InstanceLoad(load.instance, role, **{name: getattr(load, name) for name in _LOAD_NUMBERS}, host=host)
 
 
 def role_from_wire(role: pb.InstanceRole) -> Role:

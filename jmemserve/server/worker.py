@@ -20,6 +20,7 @@ import grpc.aio
 
 from jmemserve.config import ClusterSpec, InstanceSpec
 from jmemserve.devices import arrange_cpu_devices
+from jmemserve.engine import garbage
 from jmemserve.engine.build import build, check_host_memory, model_facts, read_model_config
 from jmemserve.engine.calibrating import calibrated
 from jmemserve.engine.channel import Follower, Leader
@@ -240,6 +241,7 @@ class Worker:
         self._counter = CompileCounter()
         host = Host(spec, parts, self._make_links, self._say, self._died, self._counter)
         host.instance.start()
+        garbage.settle()
         self._host = host
 
     def _ask_to_stop(self) -> None:
@@ -348,8 +350,9 @@ class Worker:
 
 
 def _no_load(name: str, spec: InstanceSpec) -> InstanceLoad:
-    counts = [field.name for field in dataclasses.fields(InstanceLoad) if field.type is int]
-    return InstanceLoad(name, spec.role.value, **dict.fromkeys(counts, 0))
+    names = [field.name for field in dataclasses.fields(InstanceLoad) if field.type is int]
+    counts: dict[str, Any] = dict.fromkeys(names, 0)
+    return InstanceLoad(name, spec.role.value, **counts)
 
 
 def _end_with_stdin() -> None:

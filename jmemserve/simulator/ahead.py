@@ -50,6 +50,7 @@ class Stretch:
             seq.stamps.last_token = end
             following.append(dataclasses.replace(piece, start=start + count, promised_row=row))
         scheduler.plans += count
+        scheduler.reconsider()
         return Plan(scheduler.plans, self.plan.shape, tuple(following))
 
 
@@ -72,7 +73,7 @@ def find(scheduler: LocalScheduler, plan: Plan, costs: CostModel, end: float) ->
     context = sum(seq.computed for seq in running)
     for _ in range(count - 1):
         context += rows
-        end += costs.step_s(shape, 0, context)
+        end += costs.step_s(shape, rows, 0, context)
         ends.append(end)
     return Stretch(plan, ends)
 

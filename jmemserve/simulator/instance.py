@@ -215,6 +215,7 @@ class SimInstance:
         seq = self._by_id.get(message.request_id)
         if seq is not None:
             seq.decode_hint, seq.moving = message.to, message.to != self.spec.name
+            self.scheduler.reconsider()
 
     def _commit(self, flight: _Flight) -> None:
         now, plan = self._clock.now, flight.plan

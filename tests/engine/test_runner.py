@@ -1,5 +1,9 @@
 """The compiled step: the pages are never copied, and arithmetic is checked before anything is served."""
 
+import re
+import threading
+from collections.abc import Callable
+
 import jax
 import numpy as np
 import pytest
@@ -38,6 +42,45 @@ def test_no_step_copies_the_pages(tmp_path, mesh: Mesh, aggregated: bool) -> Non
         temporary.append({shape: step.memory_analysis().temp_size_in_bytes for shape, step in runner._steps.items()})
         assert {shape.seqs for shape in shapes} == {rows for _, rows in runner._samplers}
     assert temporary[0] == temporary[1]
+    for step in runner._steps.values():
+        text, pages = step.as_text(), jax.tree.leaves(runner.store.pages)
+        head = text[: text.index("\n")]
+        first = len(runner._leaves)  # the pages' place among the parameters
+        aliased = re.findall(r"\{(\d+)\}: \((\d+), \{\}", head)
+        expected = {(place, first + place) for place in range(len(pages))}
+        assert expected <= {(int(output), int(given)) for output, given in aliased}, head
+        shape = "f32[" + ",".join(map(str, pages[0].shape)) + "]"
+        assert shape in text, (shape, head)
+        copies = [line for line in text.splitlines() if re.search(rf"= {re.escape(shape)}\S* copy", line)]
+        assert not copies, copies
+
+
+def test_programs_are_compiled_by_several_threads_at_once(
+    tmp_path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tracing and lowering too: nothing of it is done by who waits."""
+    folder = tiny_model(tmp_path)
+    config = load_config(folder)
+    graph, state = weights.load(folder, LoadFormat.DUMMY, config, "float32", mesh, 0, lambda done, total: None)
+    layout = PageLayout(config.num_layers, config.num_kv_heads, 16, config.head_dim, "float32")
+    shapes = step_shapes(True, True, 1, 16)
+    runner = Runner(graph, state, PageStore(layout, 20, mesh), mesh, shapes, config.vocab_size, 256)
+    together, threads = threading.Barrier(2), set[int]()
+
+    def with_another(program: Callable[[], None]) -> Callable[[], None]:
+        def compile_it() -> None:
+            together.wait(30)  # an error, if nobody compiles meanwhile
+            threads.add(threading.get_ident())
+            program()
+
+        return compile_it
+
+    programs = runner.programs()
+    some = [with_another(program) for program in programs[:2]]
+    monkeypatch.setattr(runner, "programs", lambda: [*some, *programs[2:]])
+    assert len(list(runner.compile_all(threads=2))) == len(programs)
+    assert len(threads) == 2 and threading.get_ident() not in threads
+    assert set(runner._steps) == set(shapes)
 
 
 def test_blocks_move_between_meshes_of_different_sizes() -> None:

@@ -270,7 +270,7 @@ class Process:
         if self.flight is not None:
             instance._commit(self.flight)
         self.flight = following
-        instance._flush()
+        instance._outbox.flush()
         if self.renewing:
             self._begin_life()
         if now - self.beaten >= BEAT_S:

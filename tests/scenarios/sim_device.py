@@ -236,9 +236,12 @@ class Flight:
     plan: Plan
     tokens: list[int]
     launched: float
+    arrays_s: float = 0.0
+    dispatch_s: float = 0.0
+    over: bool = False
 
-    def read(self) -> tuple[list[int], list[None]]:
-        return self.tokens, [None] * len(self.tokens)
+    def read(self) -> tuple[list[int], None]:
+        return self.tokens, None
 
 
 class Model:

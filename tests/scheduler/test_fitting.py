@@ -165,32 +165,34 @@ def test_a_malformed_profile_is_refused_in_words(change: dict, says: str) -> Non
 
 PROMPT = (StepShape(512, 16), [(0, 500), (30, 1)])
 DECODE = (StepShape(4, 4), [(100, 1)] * 3)
+WORK_OF_PROMPT = (PROMPT[0], 501, *work(*PROMPT, TRUE.tile))
+WORK_OF_DECODE = (DECODE[0], 3, *work(*DECODE, TRUE.tile))
 
 
 def test_a_profile_follows_a_machine_that_gets_slower() -> None:
     """Packed steps take twice as long as was measured; the others do not change."""
     refiner, model = Refiner(TRUE), CostModel(TRUE)
     for _ in range(60):
-        refiner.step(*PROMPT, 2 * model.rows_s(*PROMPT))
-        refiner.step(*DECODE, model.rows_s(*DECODE))
+        refiner.step(*WORK_OF_PROMPT, 2 * model.rows_s(*PROMPT))
+        refiner.step(*WORK_OF_DECODE, model.rows_s(*DECODE))
     news = refiner.news()
     assert news is not None and refiner.news() is None
     assert CostModel(news).prefill_s(1500, 0) == pytest.approx(2 * model.prefill_s(1500, 0), rel=0.01)
     assert CostModel(news).decode_step_s(4, 100) == model.decode_step_s(4, 100)
     assert refiner.error == pytest.approx(0.25, abs=0.05)  # of half of the steps, half
     for _ in range(200):
-        refiner.step(*PROMPT, 2 * model.rows_s(*PROMPT))
+        refiner.step(*WORK_OF_PROMPT, 2 * model.rows_s(*PROMPT))
     assert refiner.error < 0.02 and refiner.news() is None
 
 
 def test_a_hiccup_is_no_news() -> None:
     refiner, model = Refiner(TRUE), CostModel(TRUE)
     for number in range(100):
-        refiner.step(*PROMPT, model.rows_s(*PROMPT) * (100 if number == 20 else 1.02))
+        refiner.step(*WORK_OF_PROMPT, model.rows_s(*PROMPT) * (100 if number == 20 else 1.02))
     assert refiner.news() is None and refiner.profile == TRUE
     early = Refiner(TRUE)
     for _ in range(ENOUGH - 1):
-        early.step(*PROMPT, 9.0)
+        early.step(*WORK_OF_PROMPT, 9.0)
     assert early.news() is None
 
 
@@ -208,6 +210,22 @@ def test_transfers_and_swaps_are_learnt() -> None:
 
 def test_without_a_profile_nothing_is_compared() -> None:
     refiner = Refiner()
-    refiner.step(*PROMPT, 1.0)
+    refiner.step(*WORK_OF_PROMPT, 1.0)
     refiner.transfer(3, 1.0)
     assert refiner.news() is None and refiner.profile is None and refiner.error == 0.0
+
+
+def test_where_padding_is_free_a_step_costs_what_its_tokens_cost() -> None:
+    steps = ((1, 1, 0.010), (8, 8, 0.014), (64, 8, 0.020), (512, 8, 0.100))
+    plain, free = CostModel(Profile(steps)), CostModel(Profile(steps, padding_free=True))
+    for shape, rows in (
+        (StepShape(64, 8), [(0, 64)]),
+        (StepShape(512, 8), [(0, 512)]),
+        (StepShape(8, 8), [(5, 1)] * 8),
+    ):
+        assert plain.rows_s(shape, rows) == free.rows_s(shape, rows), "a full step"
+    assert plain.rows_s(StepShape(512, 8), [(0, 288)]) == 0.100
+    assert free.rows_s(StepShape(512, 8), [(0, 288)]) == pytest.approx(0.060)
+    assert free.rows_s(StepShape(8, 8), [(3, 1)]) == pytest.approx(0.010)
+    assert free.prefill_s(600, 584) < plain.prefill_s(600, 584) == 0.020
+    assert Profile.from_json(free.profile.to_json()) == free.profile

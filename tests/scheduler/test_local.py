@@ -301,3 +301,44 @@ def test_whatever_the_order_everybody_gets_what_he_would_get_alone(reqs, standin
     for number, (prefix, own, limit, _) in enumerate(reqs):
         tokens, finish = truth(list(range(11))[:prefix] + own, limit)
         assert world.out.get(str(number), []) == tokens and world.ends[str(number)] is finish
+
+
+def test_steady_steps_are_those_planned_one_by_one() -> None:
+    """The same rows, tokens and blocks, also when somebody comes, ends by a stop token, or gives up its blocks."""
+
+    def run(steady: bool) -> tuple[list[tuple], dict[str, list[int]], int]:
+        world, plans, repeats = World(26, 4, 24), list[tuple](), 0
+        arrivals = {0: (1, 30), 1: (2, 60), 2: (3, 33), 40: (4, 20), 41: (5, 50)}
+        for turn in range(200):
+            if turn in arrivals:
+                number, length = arrivals[turn]
+                world.scheduler.submit(make_seq(number, [number] * (5 + number), length))
+            if not steady:
+                world.scheduler.reconsider()
+            world.step()
+            if world.flight is not None:
+                plan = world.flight[0]
+                repeats += plan.repeats > 0
+                rows = [(p.sequence.request.id, p.start, p.length, p.samples, p.promised_row) for p in plan.slices]
+                plans.append((plan.number, plan.shape, rows, [tuple(p.sequence.table) for p in plan.slices]))
+        assert not world.busy
+        return plans, world.out, repeats
+
+    plans, out, repeats = run(steady=True)
+    again, truth_out, none = run(steady=False)
+    assert plans == again and out == truth_out
+    assert repeats > len(plans) // 3 and none == 0
+
+
+def test_who_is_asked_to_move_is_planned_anew() -> None:
+    world = World(40, 4, 24)
+    seq = make_seq(1, [1, 2, 3], 40)
+    world.scheduler.submit(seq)
+    for _ in range(5):
+        world.step()
+    assert world.flight is not None and world.flight[0].repeats > 0
+    world.scheduler.leaves = lambda one: one.moving
+    seq.moving = True
+    world.scheduler.reconsider()
+    world.step()
+    assert seq.state is State.LEAVING

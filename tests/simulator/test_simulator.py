@@ -24,7 +24,7 @@ def test_one_request_on_an_idle_instance_takes_what_its_steps_take(prompt: int, 
         if 16 < length < 64 and length - 16 <= 16:
             length = 16  # the rest goes into another small step
         packed = StepShape(16 if length <= 16 else 64, 4)
-        first += COSTS.step_s(packed, length * done + length * (length + 1) // 2, 0)
+        first += COSTS.step_s(packed, length, length * done + length * (length + 1) // 2, 0)
         done += length
     rest = sum(COSTS.decode_step_s(1, prompt + place) for place in range(1, output))
     assert outcome.ttft == pytest.approx(first)

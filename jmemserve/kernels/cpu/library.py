@@ -39,3 +39,11 @@ def instruction_set(wanted: str = "") -> str | None:
     """The best set of instructions that processor and library have, or the one of that name; None if not there."""
     name: bytes | None = load().jmemserve_isa(wanted.encode())
     return name.decode() if name is not None else None
+
+
+def describe() -> str:
+    """One line: which instructions are used, or why there is no library."""
+    try:
+        return f"C++ library for CPUs: {instruction_set()}"
+    except Missing as error:
+        return f"no C++ library for CPUs, XLA does its work: {error}"

@@ -1,0 +1,83 @@
+"""Other people's attention on the same work, as far as the device and what is installed allow."""
+
+import functools
+import importlib.util
+import warnings
+
+import jax
+import jax.numpy as jnp
+import machine
+from kernel_parts.cases import Heads, Row, Setting, Skipped, make_batch, repeated, seconds_of, work_of
+
+
+def contiguous(part: str, setting: Setting, heads: Heads, batch: int, context: int) -> Row:
+    """jax.nn.dot_product_attention: every row's keys and values in one piece, as long as the longest."""
+    key = jax.random.key(0)
+    new = 1 if part == "decode" else context
+    shape = batch, context, heads.kv_heads, heads.head_dim
+    q = jax.random.normal(key, (batch, new, heads.kv_heads * heads.group, heads.head_dim), setting.dtype)
+    k, v = (jax.random.normal(key, shape, setting.dtype) for _ in range(2))
+    by = "cudnn" if setting.platform == "gpu" else "xla"
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=part == "prefill", implementation=by)
+    times = 1 if setting.repeats == 1 else 4
+    seconds = seconds_of(repeated(lambda q, k, v: attend(q, k, v), times), q, (k, v), times, setting.repeats)
+    case = f"{heads.name} {batch} x {context:,}" if part == "decode" else f"{heads.name} {context:,}"
+    return Row(part, case, f"jax.nn, {by}", seconds, **work_of(part, setting, heads, batch, context))
+
+
+def jax_paged(part: str, setting: Setting, heads: Heads, batch: int, context: int) -> Row:
+    """jax's own paged attention for the device; it decodes only, and has keys and values in arrays of their own."""
+    if part != "decode":
+        raise Skipped("jax's paged kernel decodes only")
+    where = {"gpu": "jax.experimental.pallas.ops.gpu.paged_attention"}.get(setting.platform)
+    where = "jax.experimental.pallas.ops.tpu.paged_attention" if setting.platform == "tpu" else where
+    if where is None:
+        raise Skipped(f"jax has no paged kernel for {setting.platform}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated, and still what others use
+            attend = importlib.import_module(where).paged_attention
+        block = 64
+        q, _, _, pages, ragged = make_batch(setting, heads, block, batch, context, 1)
+        k, v = (pages[:, 1, half].transpose(1, 0, 2, 3) for half in (0, 1))  # K P C H
+        if setting.platform == "gpu":
+            step = lambda q, k, v, tables, lengths: attend(q, k, v, tables, lengths)  # noqa: E731
+            rest = k, v, ragged.tables, ragged.context
+        else:
+            per_block = next(n for n in (8, 4, 2, 1) if ragged.tables.shape[1] % n == 0)
+            step = lambda q, k, v, lengths, tables: attend(  # noqa: E731
+                q, k, v, lengths, tables, pages_per_compute_block=per_block
+            )
+            rest = k, v, ragged.context, ragged.tables
+        seconds = seconds_of(repeated(step, 10), q, rest, 10, setting.repeats)
+    except Exception as error:
+        raise Skipped(f"jax's paged kernel: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
+    case = f"{heads.name} {batch} x {context:,} in {block}"
+    return Row(part, case, "jax paged", seconds, **work_of(part, setting, heads, batch, context))
+
+
+def torch_sdpa(part: str, setting: Setting, heads: Heads, batch: int, context: int) -> Row:
+    """PyTorch's scaled_dot_product_attention on contiguous keys and values."""
+    if importlib.util.find_spec("torch") is None:
+        raise Skipped("PyTorch is not installed")
+    import torch
+
+    cuda = setting.platform == "gpu"
+    if cuda and not torch.cuda.is_available():
+        raise Skipped("the PyTorch that is installed has no CUDA")
+    place = {"device": "cuda" if cuda else "cpu", "dtype": getattr(torch, setting.dtype)}
+    new, heads_q = (1 if part == "decode" else context), heads.kv_heads * heads.group
+    q = torch.randn(batch, heads_q, new, heads.head_dim, **place)
+    k, v = (torch.randn(batch, heads.kv_heads, context, heads.head_dim, **place) for _ in range(2))
+
+    def run() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=part == "prefill", enable_gqa=True)
+        if cuda:
+            torch.cuda.synchronize()
+
+    seconds = machine.median_seconds(lambda: run() or jnp.zeros(()), setting.repeats)
+    case = f"{heads.name} {batch} x {context:,}" if part == "decode" else f"{heads.name} {context:,}"
+    return Row(part, case, "torch", seconds, **work_of(part, setting, heads, batch, context))
+
+
+ALL = {"contiguous": contiguous, "jax paged": jax_paged, "torch": torch_sdpa}

@@ -1,0 +1,88 @@
+"""Paged attention, moves of blocks and products, beside what the device can do and beside other attention.
+
+    python benchmarks/kernels.py                                   every part, in sizes that fit the device
+    python benchmarks/kernels.py --part decode --backends xla,cpu
+    python benchmarks/kernels.py --quick                           small sizes: shows that it works, measures nothing
+    python benchmarks/kernels.py --output results/kernels-h200.json --plot results/kernels-h200.png
+
+decode    one new token per row: bytes of keys and values over the bandwidth of memory
+prefill   one row of new tokens: FLOP of the causal half over the rate of large products
+moves     blocks gathered from pages and scattered into them: bytes read and written over the bandwidth
+products  weights with columns of tokens (where a backend has its own)
+
+"Of peak" is over what the same device did in the same run: the better of reading a large array and of copying one in
+place; the best of some large matrix products in the same type. A kernel runs several times in one program, each time
+on the output of the time before, so starting it is not measured. Beside ours: jax.nn's attention on contiguous keys and
+values, jax's own paged kernel where there is one for the device, PyTorch's where it is installed.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import machine
+from kernel_parts import cases
+from tqdm import tqdm
+
+PARTS = ("decode", "prefill", "moves", "products")
+AIMS = {"decode": 0.8, "prefill": 0.6, "moves": 0.8}  # shares of peak, for the largest sizes on an H200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", default=",".join(PARTS), help="some of them, with commas")
+    parser.add_argument("--backends", help="some of ours, with commas; default: all that can serve")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16, on CPU float32")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    chosen = args.part.split(",")
+    if not set(chosen) <= set(PARTS):
+        parser.error(f"--part takes {', '.join(PARTS)}, not {args.part}")
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    setting = cases.Setting.of_device(args.dtype, args.repeats, args.quick, args.backends)
+    about = machine.about()
+    print(json.dumps(about, indent=1))
+    peaks = setting.peaks()
+    print(f"peak: {peaks.bytes_s / 1e9:,.1f} GB/s, {peaks.flop_s / 1e12:,.2f} TFLOP/s in {setting.dtype}\n")
+    todo: list[tuple[str, Callable[[], cases.Row]]] = []
+    for part in chosen:
+        todo += [(part, run) for run in cases.runs(part, setting)]
+    rows, skipped = [], []
+    for part, run in tqdm(todo, desc="measure", unit="case"):
+        try:
+            rows.append(run())
+        except cases.Skipped as reason:
+            skipped.append(f"{part}: {reason}")
+    print(table(rows, peaks))
+    for line in dict.fromkeys(skipped):
+        print(f"not measured: {line}")
+    if args.output:
+        found = about | {"bytes_s": peaks.bytes_s, "flop_s": peaks.flop_s, "dtype": setting.dtype, "skipped": skipped}
+        kept = [row.as_dict(peaks) for row in rows]
+        args.output.write_text(json.dumps(found | {"rows": kept}, indent=1) + "\n")
+    if args.plot:
+        from kernel_parts import plots
+
+        plots.draw(rows, peaks, args.plot, f"{about['device']}, jax {about['jax']}, {setting.dtype}")
+
+
+def table(rows: list[cases.Row], peaks: cases.Peaks) -> str:
+    """A line per measurement."""
+    width = max([len(row.case) for row in rows], default=4)
+    lines = [f"{'part':9} {'case':{width}} {'by':14} {'time':>10} {'rate':>16} {'of peak':>8}"]
+    for row in rows:
+        unit = "GB/s" if row.bytes else "GFLOP/s"
+        rate = (row.bytes or row.flop) / row.seconds / 1e9
+        seconds = f"{row.seconds * 1e3:.3f} ms"
+        share = row.share(peaks)
+        lines.append(f"{row.part:9} {row.case:{width}} {row.by:14} {seconds:>10} {rate:10,.1f} {unit:7} {share:6.1%}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

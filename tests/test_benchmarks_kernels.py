@@ -1,0 +1,43 @@
+"""The benchmarks of kernels and engine run, and count bytes and FLOP right; how fast they are, is not tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_quick_run(tmp_path: Path) -> None:
+    output, plot = tmp_path / "kernels.json", tmp_path / "kernels.png"
+    command = [sys.executable, "benchmarks/kernels.py", "--quick", "--output", str(output), "--plot", str(plot)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(output.read_text())
+    by = {(row["part"], row["by"]): row for row in found["rows"]}
+    assert {"decode", "prefill", "moves", "products"} == {part for part, _ in by} and plot.stat().st_size > 10_000
+    assert by["decode", "xla"]["bytes"] == 2 * 4 * 2 * 40 * 2 * 64
+    assert by["prefill", "xla"]["flop"] == 4 * (32 * 33 / 2) * 4 * 64
+    assert by["moves", "xla"]["bytes"] == 2 * 4 * (4 * 2 * 2 * 16 * 64 * 4)
+    assert all(row["seconds"] > 0 and row["of_peak"] > 0 for row in found["rows"])
+    assert any("jax's paged kernel" in line for line in found["skipped"])
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    command = [sys.executable, "benchmarks/kernels.py", "--quick", "--backends", "cuda"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0 and "--backends takes" in done.stderr
+
+
+def test_the_engine_benchmark_runs(tmp_path: Path) -> None:
+    output = tmp_path / "engine.json"
+    command = [sys.executable, "benchmarks/engine.py", "--quick", "--config", "benchmarks/configs/llama-28m"]
+    command += ["--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(output.read_text())
+    assert [row["what"] for row in found["rows"]] == ["prefill", "decode"]
+    assert all(row["tokens_per_s"] > 0 and row["limit"] > 0 for row in found["rows"])
+    assert {(row["medium"], row["cached_percent"]) for row in found["first_token"]} == {
+        (medium, share) for medium in ("HBM", "DRAM") for share in (0, 25, 50, 75, 100)
+    }
