@@ -1,8 +1,8 @@
 """The kernels for Hopper GPUs without one: what they compute, in JAX's interpreter, and that they can be lowered.
 
-The interpreter runs all that the kernels do (copies by TMA into the ring, barriers between warpgroups, wgmma on scores,
-splits) but one thing: wgmma with weights in registers, for which the kernel takes a plain product there. Lowering goes
-as far as NVVM, which checks layouts of registers and shared memory; it does not run ptxas.
+The interpreter runs all that the kernels do (copies by TMA into the ring, barriers between warpgroups, wgmma, splits)
+but one thing: wgmma with weights in registers, which go through shared memory there. It raises where two warpgroups
+race for memory. Lowering checks layouts of registers and shared memory, as far as PTX instructions; ptxas does not run.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Rows, Sizes, check, make_case
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh
 
 from jmemserve.kernels import Ragged, mosaic_gpu
@@ -28,7 +29,7 @@ def run(rows: Rows, sizes: Sizes, padding: tuple[int, int] = (0, 0), aggregated:
     used = sum(new for _, new in rows)
     case = make_case(5, rows, sizes, used + padding[0], len(rows) + padding[1])
     close = TOLERANCE[sizes.dtype]
-    attend = partial(mosaic_gpu.attend, interpret=True)
+    attend = partial(mosaic_gpu.attend, interpret=plgpu.InterpretGPUParams(detect_races=True))
     check(attend, case, sizes, sizes.rule(**rule), sinks, aggregated, rtol=close, atol=close)
 
 
