@@ -119,6 +119,25 @@ def test_mixed_step_lowers(heads: tuple[int, int, int], size: int, dtype: str, r
     assert "tf.aliasing_output" in text, "the pages are written in place"
 
 
+def test_each_device_of_a_mesh_lowers_its_own_heads() -> None:
+    made, P = jax.ShapeDtypeStruct, jax.sharding.PartitionSpec
+    ragged = Ragged(*(made(shape, jnp.int32) for shape in ((256,), (256,), (16, 64), (16,), (17,))))
+    kv, pages = made((256, 8, 128), "bfloat16"), made((100, 2, 2, 8, 16, 128), "bfloat16")
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device)
+    heads, page = P(None, "model"), P(None, None, None, "model")
+
+    def layer(q, k, v, pages, ragged):
+        return mosaic_gpu.attend(q, k, v, pages, 1, ragged, Rule(0.1))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        specs = (heads, heads, heads, page, P())
+        sharded = jax.shard_map(layer, mesh=mesh, in_specs=specs, out_specs=(heads, page), check_vma=False)
+        traced = jax.jit(sharded).trace(made((256, 32, 128), "bfloat16"), kv, kv, pages, ragged)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
 # -- choice ------------------------------------------------------------------------------------------------------------
 
 
