@@ -47,7 +47,7 @@ test-slow: $(INSTALLED)
 # JAX for CUDA is some gigabytes, so only this verb brings it.
 test-gpu: $(INSTALLED)
 	$(RUN) -m pip install --disable-pip-version-check --quiet --editable ".[test,cuda]"
-	@$(RUN) -m pytest -m gpu $(ARGS)
+	@JAX_PLATFORMS=cuda,cpu $(RUN) -m pytest -m gpu $(ARGS)
 
 check: $(INSTALLED)
 	$(RUN) -m ruff format --check .

@@ -1,8 +1,8 @@
 """The kernels for Hopper GPUs without one: what they compute, in JAX's interpreter, and that they can be lowered.
 
-The interpreter runs all that the kernels do (copies by TMA into the ring, barriers between warpgroups, wgmma on scores,
-splits) but one thing: wgmma with weights in registers, for which the kernel takes a plain product there. Lowering goes
-as far as NVVM, which checks layouts of registers and shared memory; it does not run ptxas.
+The interpreter runs all that the kernels do (copies by TMA into the ring, barriers between warpgroups, wgmma, splits)
+but one thing: wgmma with weights in registers, which go through shared memory there. It raises where two warpgroups
+race for memory. Lowering checks layouts of registers and shared memory, as far as PTX instructions; ptxas does not run.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import Rows, Sizes, check, make_case
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh
 
 from jmemserve.kernels import Ragged, mosaic_gpu
@@ -28,7 +29,7 @@ def run(rows: Rows, sizes: Sizes, padding: tuple[int, int] = (0, 0), aggregated:
     used = sum(new for _, new in rows)
     case = make_case(5, rows, sizes, used + padding[0], len(rows) + padding[1])
     close = TOLERANCE[sizes.dtype]
-    attend = partial(mosaic_gpu.attend, interpret=True)
+    attend = partial(mosaic_gpu.attend, interpret=plgpu.InterpretGPUParams(detect_races=True))
     check(attend, case, sizes, sizes.rule(**rule), sinks, aggregated, rtol=close, atol=close)
 
 
@@ -116,6 +117,25 @@ def test_mixed_step_lowers(heads: tuple[int, int, int], size: int, dtype: str, r
     text = lowered(2048, 64, heads, size, dtype, 8192 // size, **rule)
     assert text.count("custom_call @mosaic_gpu") == 2
     assert "tf.aliasing_output" in text, "the pages are written in place"
+
+
+def test_each_device_of_a_mesh_lowers_its_own_heads() -> None:
+    made, P = jax.ShapeDtypeStruct, jax.sharding.PartitionSpec
+    ragged = Ragged(*(made(shape, jnp.int32) for shape in ((256,), (256,), (16, 64), (16,), (17,))))
+    kv, pages = made((256, 8, 128), "bfloat16"), made((100, 2, 2, 8, 16, 128), "bfloat16")
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device)
+    heads, page = P(None, "model"), P(None, None, None, "model")
+
+    def layer(q, k, v, pages, ragged):
+        return mosaic_gpu.attend(q, k, v, pages, 1, ragged, Rule(0.1))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        specs = (heads, heads, heads, page, P())
+        sharded = jax.shard_map(layer, mesh=mesh, in_specs=specs, out_specs=(heads, page), check_vma=False)
+        traced = jax.jit(sharded).trace(made((256, 32, 128), "bfloat16"), kv, kv, pages, ragged)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
 
 
 # -- choice ------------------------------------------------------------------------------------------------------------

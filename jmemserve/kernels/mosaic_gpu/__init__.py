@@ -17,6 +17,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.choice import Need
@@ -59,9 +60,9 @@ def attend(
     rule: Rule,
     sinks: jax.Array | None = None,
     *,
-    interpret: bool = False,
+    interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, Pages]:
-    """See ``jmemserve.kernels.Attention``. ``interpret``: run the kernels on CPU, slowly, to see what they compute."""
+    """See ``jmemserve.kernels.Attention``. ``interpret``: run the kernels on CPU, to see what they compute."""
     pages = write_kv(pages, layer, ragged.slots, k, v)
     num_tokens, num_heads, head_dim = q.shape
     num_rows = ragged.context.shape[0]
@@ -77,7 +78,7 @@ def attend(
         page_stride=per_page,
         layer_offset=0 if isinstance(pages, tuple) else layer * 2 * kv_heads,
         value_offset=kv_heads,
-        interpreted=interpret,
+        interpret=interpret,
     )
     kv = own.reshape(-1, size, head_dim)  # no copy: all but the last two axes are one
     tables = jnp.pad(ragged.tables, ((0, 0), (0, -ragged.tables.shape[1] % max(1, TILE // size))))

@@ -21,5 +21,5 @@ def launch(
         num_threads=plan.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if plan.interpreted else None,
+        interpret=plan.interpret,
     )

@@ -9,6 +9,7 @@ wgmma). They meet at the slots of a ring in shared memory, each of which holds a
 
 import dataclasses
 import math
+from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
@@ -37,7 +38,7 @@ class Plan:
     page_stride: int  # from a page to the next, in units of [C, H]
     layer_offset: int  # of the layer's keys of head 0, in the same units
     value_offset: int  # from keys to values, in the same units
-    interpreted: bool
+    interpret: plgpu.InterpretGPUParams | None
 
     @property
     def copies(self) -> int:
@@ -51,10 +52,12 @@ class Plan:
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     def ring(self) -> list:
-        """Scratch: keys, values, k_full, v_full, done."""
+        """Scratch: keys, values, k_full, v_full, done, cleaned; for the interpreter's wgmma also weights."""
         spans = self.swizzled((self.slots, self.span, self.head), self.dtype)
         full = plgpu.Barrier(num_arrivals=self.copies, num_barriers=self.slots)
-        return [spans, spans, full, full, plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.slots)]
+        done = plgpu.Barrier(num_arrivals=self.warpgroups, num_barriers=self.slots)
+        weights = [self.swizzled((self.warpgroups, ROWS, self.span), self.dtype)] if self.interpret else []
+        return [spans, spans, full, full, done, plgpu.Barrier(num_arrivals=self.warpgroups), *weights]
 
 
 def copy_spans(plan: Plan, ring, tables, kv, row, head, first, last, step):
@@ -62,7 +65,7 @@ def copy_spans(plan: Plan, ring, tables, kv, row, head, first, last, step):
 
     tables: i32[B, W] and kv: [pages and all in them, C, H], both in global memory.
     """
-    keys, values, k_full, v_full, done = ring
+    keys, values, k_full, v_full, done, *_ = ring
 
     length = min(plan.size, plan.span)
 
@@ -93,7 +96,7 @@ def copy_spans(plan: Plan, ring, tables, kv, row, head, first, last, step):
 
 def wait_for_last(plan: Plan, ring, step):
     """The copying warpgroup, at its end: every slot is done with, so that no barrier goes away in use."""
-    done = ring[-1]
+    done = ring[4]
     for slot in range(plan.slots):
 
         @pl.when(step > slot)
@@ -114,19 +117,15 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
     limit: i32[64], the last place that each query sees, -1 for none. low, high: outside of them nobody in the thread
     block sees a key, and memory may hold anything, even NaN. -> the new (state, step).
     """
-    keys, values, k_full, v_full, done = ring
-    rule, span = plan.rule, plan.span
+    keys, values, k_full, v_full, done, cleaned, *held_weights = ring
+    rule, span, worker = plan.rule, plan.span, lax.axis_index("warpgroup")
 
     def one_span(chunk, carry):
         mixed, top, mass, step = carry
         slot = lax.rem(step, jnp.int32(plan.slots))
         plgpu.barrier_wait(k_full.at[slot])
 
-        def product(acc):
-            plgpu.wgmma(acc, queries, keys.at[slot].transpose((1, 0)))
-            return acc[...]
-
-        scores = pl.run_scoped(product, plgpu.ACC((ROWS, span), jnp.float32)) * (rule.scale * _LOG2E)
+        scores = _product(queries, keys.at[slot].transpose((1, 0)), span) * (rule.scale * _LOG2E)
         if rule.soft_cap is not None:
             cap = rule.soft_cap * _LOG2E
             # The GPU's own tanh is good to 2**-11, which is a percent of a weight; its exp2 to 2**-22.
@@ -142,19 +141,22 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
         weights = jnp.where(seen, weights, 0.0)
         keep = jnp.exp2(top - new_top)
         mass = mass * keep + weights.sum(axis=1)
+        weights = weights.astype(plan.dtype)
         plgpu.barrier_wait(v_full.at[slot])
 
-        # Weights of unseen keys are 0, but 0 * NaN is NaN. Every warpgroup writes the same here, so none need wait
-        # for another: what one reads after its own writing is not changed by theirs.
+        # Weights of unseen keys are 0, but 0 * NaN is NaN. Each warpgroup cleans its own parts of the span.
         @pl.when((chunk * span < low) | (chunk * span + span > high))
         def _():
-            shape = (span, plan.head)
-            at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + chunk * span
-            held = plgpu.layout_cast(values[slot], plgpu.Layout.WGMMA)
-            values[slot] = jnp.where((at >= low) & (at < high), held, jnp.zeros(shape, plan.dtype))
-            plgpu.commit_smem()
+            for part in range(span // ROWS):
+                pl.when(worker == part % plan.warpgroups)(
+                    partial(_clean, plan, values.at[slot], chunk, part, low, high)
+                )
+            plgpu.barrier_arrive(cleaned)
+            plgpu.barrier_wait(cleaned)
 
-        part = _mix(plan, weights.astype(plan.dtype), values.at[slot])
+        for held in held_weights:
+            weights = _kept(held.at[worker], weights)
+        part = _product(weights, values.at[slot], plan.head)
         mixed = mixed * lax.broadcast_in_dim(keep, (ROWS, plan.head), [0]) + part
         plgpu.barrier_arrive(done.at[slot])
         return mixed, new_top, mass, step + 1
@@ -163,16 +165,31 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
     return tuple(state), step
 
 
-def _mix(plan: Plan, weights, values):
-    """weights [64, span] (registers) times values [span, H] (shared memory) -> f32 [64, H]."""
-    if plan.interpreted:  # the interpreter's wgmma wants both operands in memory
-        return jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+def _clean(plan: Plan, values, chunk, part: int, low, high):
+    """Zero the values that nobody sees in one part, of 64 (for registers' sake), of span ``chunk``."""
+    shape = (ROWS, plan.head)
+    at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + (chunk * plan.span + part * ROWS)
+    held = values.at[pl.ds(part * ROWS, ROWS)]
+    kept = plgpu.layout_cast(held[...], plgpu.Layout.WGMMA)
+    held[...] = jnp.where((at >= low) & (at < high), kept, jnp.zeros(shape, plan.dtype))
+    plgpu.commit_smem()
 
-    def product(acc):
-        plgpu.wgmma(acc, weights, values)
+
+def _product(left, right, columns: int):
+    """left [64, n] (registers or shared memory) times right [n, columns] (shared memory) -> f32 [64, columns]."""
+
+    def run(acc):
+        plgpu.wgmma(acc, left, right)
         return acc[...]
 
-    return pl.run_scoped(product, plgpu.ACC((ROWS, plan.head), jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((ROWS, columns), jnp.float32))
+
+
+def _kept(memory, weights):
+    """The weights as the interpreter's wgmma takes them."""
+    memory[...] = weights
+    plgpu.commit_smem()
+    return memory
 
 
 def finish(plan: Plan, state):
