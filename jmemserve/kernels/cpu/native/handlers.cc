@@ -1,6 +1,7 @@
 // What XLA calls: checks of shapes, division of the work among its threads, nothing of the arithmetic.
 
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -65,7 +66,9 @@ void parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   int64_t others = std::min<int64_t>(pool.num_threads(), count) - 1;
   for (int64_t i = 0; i < others; i++) pool.Schedule([state] { state->run(); });
   state->run();
-  for (int spin = 0; spin < 2000; spin++)
+  // What is left is at most one piece of work of each other thread, sooner done than a sleeping thread wakes up.
+  auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+  while (std::chrono::steady_clock::now() < until)
     if (state->done.load() == count) return;
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done.load() == count; });
