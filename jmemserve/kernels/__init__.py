@@ -59,7 +59,12 @@ class Attention(Protocol):
         ...
 
 
-BACKENDS = {"cpu": "jmemserve.kernels.cpu", "xla": "jmemserve.kernels.xla", "reference": "jmemserve.kernels.reference"}
+BACKENDS = {
+    "cpu": "jmemserve.kernels.cpu",
+    "tpu": "jmemserve.kernels.tpu",
+    "xla": "jmemserve.kernels.xla",
+    "reference": "jmemserve.kernels.reference",
+}
 
 
 def attention_backend(name: str) -> Attention:

@@ -6,7 +6,7 @@ import importlib
 from jmemserve.kernels import BACKENDS
 
 # Best first; what is not named here for a platform has to be asked for.
-PREFERRED = {"cpu": ("cpu", "xla"), "gpu": ("xla",), "tpu": ("xla",)}
+PREFERRED = {"cpu": ("cpu", "xla"), "gpu": ("xla",), "tpu": ("tpu", "xla")}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
