@@ -64,6 +64,7 @@ class AttentionBackend(enum.Enum):
     AUTO = "auto"  # the best that devices and model allow
     CPU = "cpu"  # our C++ library, with products of its own
     MOSAIC_GPU = "mosaic_gpu"  # kernels in Pallas for Hopper GPUs
+    TPU = "tpu"  # Pallas kernels for TPUs
     XLA = "xla"  # plain XLA operations: everywhere
     REFERENCE = "reference"  # the plainest way, for comparisons: slow
 

@@ -62,6 +62,7 @@ class Attention(Protocol):
 BACKENDS = {
     "cpu": "jmemserve.kernels.cpu",
     "mosaic_gpu": "jmemserve.kernels.mosaic_gpu",
+    "tpu": "jmemserve.kernels.tpu",
     "xla": "jmemserve.kernels.xla",
     "reference": "jmemserve.kernels.reference",
 }
