@@ -1,8 +1,8 @@
 """Put the keys and values of new tokens into their pages, in place.
 
-XLA's own scatter would do, if it left the pages as they lie: on a TPU it may prefer another layout for the array it
-scatters to, and would then copy all pages to and fro in every layer. This kernel aliases its result to its operand, so
-there is nothing to copy, and it touches the chunks (the least that a DMA can address: a register's rows) with a new
+XLA's own scatter would do, if it left the pages as they lie: compiled for a TPU, it wants a token's kv heads side by
+side, and all pages are copied into that layout and back in every layer. This kernel aliases its result to its operand,
+so there is nothing to copy, and it touches the chunks (the least that a DMA can address: a register's rows) with a new
 token in them: each is read, mixed and written back, several at a time.
 """
 
