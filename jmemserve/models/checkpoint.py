@@ -58,13 +58,14 @@ class Checkpoint:
         for name, source in wanted.items():
             if name not in self._homes:
                 raise CheckpointError(
-                    f"{self.folder} lacks the tensor {name!r} of shape {list(source.shape)} that config.json asks for"
+                    f"{self.folder} lacks the tensor {name!r} of shape {list(source.tensor_shape)} that config.json asks "
+                    "for"
                 )
             piece = self._slice_of(name)
-            if tuple(piece.get_shape()) != source.shape:
+            if tuple(piece.get_shape()) != source.tensor_shape:
                 raise CheckpointError(
                     f"{self._homes[name]}: tensor {name!r} has shape {list(piece.get_shape())}, but config.json makes "
-                    f"it {list(source.shape)}; the two files do not belong together"
+                    f"it {list(source.tensor_shape)}; the two files do not belong together"
                 )
             if piece.get_dtype() not in _TYPES:
                 raise CheckpointError(
@@ -93,7 +94,8 @@ class Checkpoint:
 
     def _read_split(self, source: Source, wanted: list[tuple[int, int]]) -> np.ndarray:
         """Ranges of ``source.split`` from the tensor, whose axes are runs of the split ones."""
-        axes, position = [], 0
+        axes: list[slice] = []
+        position = 0
         for size in source.shape:
             count, product = 0, 1
             while product < size or (count == 0 and position < len(source.split)):
@@ -104,7 +106,8 @@ class Checkpoint:
             inner = math.prod(source.split[position + 1 : position + count])
             rest = wanted[position + 1 : position + count]
             assert all(r == (0, s) for r, s in zip(rest, source.split[position + 1 : position + count], strict=True))
-            axes.append(slice(start * inner, stop * inner))
+            shift = 0 if axes else source.first_row
+            axes.append(slice(shift + start * inner, shift + stop * inner))
             position += count
         data = self._slice_of(source.name)[tuple(axes)]
         return data.reshape([stop - start for start, stop in wanted])

@@ -30,6 +30,7 @@ class ModelConfig:
     windows: tuple[int | None, ...]  # per layer: a token sees at most that many tokens, itself included
     attention_bias: bool = False  # on queries, keys and values
     qk_norm: bool = False  # RMS norm of each query and key head
+    fused_tensors: bool = False  # the checkpoint has queries, keys and values in one tensor, and both inner halves too
     dtype: str = "float32"  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()  # union of config.json and generation_config.json
     bos_token_id: int | None = None
@@ -57,6 +58,7 @@ class Family(Protocol):
 FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }

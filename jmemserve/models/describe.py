@@ -21,16 +21,23 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint tensor that fills a weight, or a part of one.
+    """A checkpoint tensor that fills a weight, or a part of one; or some of its rows, if the checkpoint fuses tensors.
 
-    ``shape`` is the tensor's own. ``split`` is the same tensor with its axes split so that it matches ``part`` of the
-    weight axis by axis; a missing axis of ``part`` (an integer there) does not appear in ``split``.
+    ``shape`` is the tensor's own, or that of these rows. ``split`` is the same with its axes split so that it matches
+    ``part`` of the weight axis by axis; a missing axis of ``part`` (an integer there) does not appear in ``split``.
     """
 
     name: str
     shape: tuple[int, ...]
     split: tuple[int, ...]
     part: tuple[int | slice, ...]
+    first_row: int = 0
+    all_rows: int | None = None  # of a fused tensor
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return (self.all_rows or self.shape[0], *self.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,6 +75,15 @@ def _plain(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init
     return Weight(shape, axes, (Source(name, shape, shape, (slice(None),) * len(shape)),), init)
 
 
+def _fuse(name: str, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """The same sources as rows of one tensor, one after the other."""
+    rows = [source.shape[0] for source in sources]
+    return tuple(
+        dataclasses.replace(source, name=name, first_row=sum(rows[:place]), all_rows=sum(rows))
+        for place, source in enumerate(sources)
+    )
+
+
 def describe_top(config: ModelConfig) -> dict[str, Weight]:
     """The weights outside the layers, by attribute of Decoder."""
     table = (config.vocab_size, config.hidden_size)
@@ -100,11 +116,17 @@ def describe_layer(config: ModelConfig, index: int) -> dict[str, Weight]:
             Source(f"{base}.self_attn.v_proj.{suffix}", (k * h, *rest), (k, h, *rest), (every, g + 1, every, *tail)),
         )
 
+    qkv = heads("qkv", (d,), "weight", (every,))
+    gate_up: tuple[Source, ...] = (
+        Source(f"{base}.mlp.gate_proj.weight", (f, d), (f, d), (every, 0, every)),
+        Source(f"{base}.mlp.up_proj.weight", (f, d), (f, d), (every, 1, every)),
+    )
+    if c.fused_tensors:
+        qkv = _fuse(f"{base}.self_attn.qkv_proj.weight", qkv)
+        gate_up = _fuse(f"{base}.mlp.gate_up_proj.weight", gate_up)
     weights = {
         "attention_norm": _plain(f"{base}.input_layernorm.weight", (d,), (None,), init=None),
-        "qkv": Weight(
-            (k, g + 2, h, d), ("kv_heads", None, None, None), heads("qkv", (d,), "weight", (every,)), _normal
-        ),
+        "qkv": Weight((k, g + 2, h, d), ("kv_heads", None, None, None), qkv, _normal),
         "out": Weight(
             (d, k, g, h),
             (None, "kv_heads", None, None),
@@ -112,15 +134,7 @@ def describe_layer(config: ModelConfig, index: int) -> dict[str, Weight]:
             _normal,
         ),
         "feed_forward_norm": _plain(f"{base}.post_attention_layernorm.weight", (d,), (None,), init=None),
-        "gate_up": Weight(
-            (f, 2, d),
-            ("ffn", None, None),
-            (
-                Source(f"{base}.mlp.gate_proj.weight", (f, d), (f, d), (every, 0, every)),
-                Source(f"{base}.mlp.up_proj.weight", (f, d), (f, d), (every, 1, every)),
-            ),
-            _normal,
-        ),
+        "gate_up": Weight((f, 2, d), ("ffn", None, None), gate_up, _normal),
         "down": _plain(f"{base}.mlp.down_proj.weight", (d, f), (None, "ffn")),
     }
     if c.attention_bias:

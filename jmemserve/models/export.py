@@ -28,7 +28,9 @@ def save_safetensors(
         names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
     homes: dict[str, str] = {}
     for name, parts in zip(names, files, strict=True):
-        tensors = {source.name: _tensor(source, arrays[path]) for path, source in parts}
+        tensors: dict[str, np.ndarray] = {}
+        for path, source in parts:
+            _put(tensors, source, arrays[path])
         save_file(tensors, folder / name, metadata={"format": "pt"})  # transformers wants to be told so
         homes |= dict.fromkeys(tensors, name)
         progress(sum(tensor.nbytes for tensor in tensors.values()))
@@ -47,7 +49,7 @@ def _files(
     for path, weight in weights.items():
         for source in weight.sources:
             size = int(np.prod(source.shape)) * arrays[path].dtype.itemsize
-            if size > room and files[-1]:
+            if size > room and files[-1] and files[-1][-1][1].name != source.name:
                 files.append([])
                 room = max_file_bytes
             files[-1].append((path, source))
@@ -55,6 +57,11 @@ def _files(
     return files
 
 
-def _tensor(source: Source, array: jax.Array) -> np.ndarray:
-    """The part of a weight that came from ``source``, in the tensor's own shape."""
-    return np.ascontiguousarray(np.asarray(array)[source.part].reshape(source.shape))
+def _put(tensors: dict[str, np.ndarray], source: Source, array: jax.Array) -> None:
+    """The part of a weight that came from ``source``, into the tensor it came from."""
+    part = np.ascontiguousarray(np.asarray(array)[source.part].reshape(source.shape))
+    if source.all_rows is None:
+        tensors[source.name] = part
+        return
+    whole = tensors.setdefault(source.name, np.empty(source.tensor_shape, part.dtype))
+    whole[source.first_row : source.first_row + len(part)] = part

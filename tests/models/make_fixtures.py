@@ -15,6 +15,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -59,6 +61,7 @@ CASES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
     ),
     "llama_linear": (LlamaForCausalLM, LlamaConfig(**GROUPED, rope_parameters=LINEAR_ROPE)),
     "mistral": (MistralForCausalLM, MistralConfig(**GROUPED, head_dim=16, sliding_window=8)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**GROUPED, pad_token_id=0, sliding_window=9)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**GROUPED, use_sliding_window=False)),
     "qwen2_window": (
         Qwen2ForCausalLM,

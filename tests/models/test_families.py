@@ -17,9 +17,15 @@ from jmemserve.models import ModelConfig, load_config, weights
 from jmemserve.types import SamplingParams
 
 FIXTURES = Path(__file__).parent / "fixtures"
-NAMES = ("llama2", "llama3", "llama_linear", "mistral", "qwen2", "qwen2_window", "qwen3")
+NAMES = ("llama2", "llama3", "llama_linear", "mistral", "phi3", "qwen2", "qwen2_window", "qwen3")
 PROMPTS = 3
-MESHES = {"llama3": "colocated", "mistral": "prefill+decode", "qwen2_window": "colocated:2", "qwen3": "prefill+decode"}
+MESHES = {
+    "llama3": "colocated",
+    "mistral": "prefill+decode",
+    "phi3": "colocated:2",
+    "qwen2_window": "colocated:2",
+    "qwen3": "prefill+decode",
+}
 
 
 @functools.cache
