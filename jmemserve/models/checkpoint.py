@@ -58,8 +58,7 @@ class Checkpoint:
         for name, source in wanted.items():
             if name not in self._homes:
                 raise CheckpointError(
-                    f"{self.folder} lacks the tensor {name!r} of shape {list(source.tensor_shape)} that config.json asks "
-                    "for"
+                    f"{self.folder} lacks the tensor {name!r} of shape {list(source.tensor_shape)} that config.json wants"
                 )
             piece = self._slice_of(name)
             if tuple(piece.get_shape()) != source.tensor_shape:

@@ -41,7 +41,7 @@ def arrays(folder: Path, dtype: str = "float32") -> dict[str, jax.Array]:
     return weights.flat(state)
 
 
-@pytest.mark.parametrize("source", [*(FIXTURES / name for name in ("llama2", "qwen2", "qwen3")), demo_folder()])
+@pytest.mark.parametrize("source", [*(FIXTURES / name for name in ("llama2", "phi3", "qwen2", "qwen3")), demo_folder()])
 def test_there_and_back_is_bit_exact(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there, back = tmp_path / "new" / "orbax", tmp_path / "hf"
     assert main([str(source), str(there)]) == 0
