@@ -56,15 +56,16 @@ class Checkpoint:
         """Every tensor that the model needs is there in its shape, and nothing else that could matter."""
         wanted = {source.name: source for weight in weights.values() for source in weight.sources}
         for name, source in wanted.items():
+            shape = list(source.tensor_shape)
             if name not in self._homes:
                 raise CheckpointError(
-                    f"{self.folder} lacks the tensor {name!r} of shape {list(source.tensor_shape)} that config.json wants"
+                    f"{self.folder} lacks the tensor {name!r} of shape {shape} that config.json asks for"
                 )
             piece = self._slice_of(name)
-            if tuple(piece.get_shape()) != source.tensor_shape:
+            if list(piece.get_shape()) != shape:
                 raise CheckpointError(
                     f"{self._homes[name]}: tensor {name!r} has shape {list(piece.get_shape())}, but config.json makes "
-                    f"it {list(source.tensor_shape)}; the two files do not belong together"
+                    f"it {shape}; the two files do not belong together"
                 )
             if piece.get_dtype() not in _TYPES:
                 raise CheckpointError(
