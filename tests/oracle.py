@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jmemserve.kernels.rule import Rule
 from jmemserve.models import ModelConfig
-from jmemserve.models.decoder import Ops
+from jmemserve.models.ops import Ops
 
 
 def model_mesh(size: int = 1) -> Mesh:

@@ -25,7 +25,7 @@ from jmemserve.kernels import attention_backend, own_products
 from jmemserve.kernels.pages import page_axes
 from jmemserve.kernels.rule import Rule
 from jmemserve.kvpool.store import PageStore
-from jmemserve.models.decoder import Ops, project
+from jmemserve.models.ops import Ops, project
 from jmemserve.scheduler.plan import Plan, StepShape
 from jmemserve.types import MAX_STOP_IDS, TokenLogprobs
 
@@ -207,11 +207,11 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str, rows: i
 
         model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
         if products is None:
-            of_tokens = of_rows = project
+            ops, of_rows = Ops(attend), project
         else:
-            of_tokens = functools.partial(products, used=ragged.starts[-1])
+            ops = Ops(attend, functools.partial(products, used=ragged.starts[-1]), products)
             of_rows = functools.partial(products, used=jnp.sum(ragged.context > 0, dtype=jnp.int32))
-        hidden, pages = model(tokens, ragged.positions, pages, Ops(attend, of_tokens))
+        hidden, pages = model(tokens, ragged.positions, pages, ops)
         logits = model.logits(hidden[:, ends], of_rows)
         return pages, logits, _first_rows(sampling.greedy(logits), rows)
 

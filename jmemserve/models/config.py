@@ -12,6 +12,22 @@ from jmemserve.models.rope import RopeConfig, take_rope
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Experts:
+    """Layers whose feed-forward part is a mixture of experts."""
+
+    count: int
+    per_token: int
+    renormalise: bool  # the shares of the chosen ones are made to sum to one
+    layers: frozenset[int]
+    names: tuple[str, ...]  # in the checkpoint, of a layer: router, then gate, up and down with {} for the expert
+    size: int | None = None  # of the inner layer; None: the model's intermediate_size
+
+    def __post_init__(self) -> None:
+        if self.per_token > self.count:
+            raise ConfigError(f"each token goes to {self.per_token} experts, but there are {self.count}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The shape of a decoder-only transformer; hashable, and everything that a checkpoint's config.json decides."""
 
@@ -30,6 +46,7 @@ class ModelConfig:
     windows: tuple[int | None, ...]  # per layer: a token sees at most that many tokens, itself included
     attention_bias: bool = False  # on queries, keys and values
     qk_norm: bool = False  # RMS norm of each query and key head
+    experts: Experts | None = None
     fused_tensors: bool = False  # the checkpoint has queries, keys and values in one tensor, and both inner halves too
     dtype: str = "float32"  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()  # union of config.json and generation_config.json
@@ -38,6 +55,12 @@ class ModelConfig:
     def rule(self, layer: int) -> Rule:
         """How a layer's tokens attend."""
         return Rule(self.head_dim**-0.5, self.windows[layer])
+
+    @property
+    def expert_size(self) -> int:
+        """Of the inner layer of each expert."""
+        assert self.experts is not None, self.family
+        return self.experts.size or self.intermediate_size
 
     @property
     def group(self) -> int:
@@ -58,9 +81,11 @@ class Family(Protocol):
 FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
 # Keys that say nothing about the numbers of inference.

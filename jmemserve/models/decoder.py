@@ -5,37 +5,19 @@ for the few columns of decoding, XLA on CPU is then up to three times faster, an
 Queries, keys and values share one product, and so do the two inner halves of the feed-forward layer.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jmemserve.kernels.rule import Rule
 from jmemserve.models.config import ModelConfig
 from jmemserve.models.describe import Weight, describe_layer, describe_top
+from jmemserve.models.moe import mixture
+from jmemserve.models.ops import Cache, Ops, Project, project
 from jmemserve.models.rope import RopeConfig
 
-Cache = TypeVar("Cache")
-# (cache, layer, q [T, N, H], k [T, K, H], v [T, K, H], rule) -> (out [T, N, H], cache)
-Attend = Callable[[Cache, int, jax.Array, jax.Array, jax.Array, Rule], tuple[jax.Array, Cache]]
-Project = Callable[[jax.Array, jax.Array], jax.Array]  # ([out, in], [in, T]) -> f32[out, T]
 MakeParam = Callable[[str, Weight], nnx.Param]
-
-
-def project(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """[out, in] x [in, T] -> f32[out, T], summed in float32."""
-    return jnp.einsum("nk,kt->nt", weight, x, preferred_element_type=jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ops:
-    """What a model leaves to others: how to attend, and how to multiply a weight with columns."""
-
-    attend: Attend
-    project: Project = project
 
 
 def rms_norm(weight: jax.Array, x: jax.Array, eps: float, axis: int) -> jax.Array:
@@ -72,6 +54,9 @@ class Layer(nnx.Module):
     feed_forward_norm: nnx.Param
     gate_up: nnx.Param
     down: nnx.Param
+    router: nnx.Param  # these three in place of the two before, where there are experts
+    experts_gate_up: nnx.Param
+    experts_down: nnx.Param
 
     def __init__(self, config: ModelConfig, index: int, make: MakeParam):
         self.config, self.index = config, index
@@ -83,7 +68,7 @@ class Layer(nnx.Module):
             out, cache = self._attention(x, cos, sin, cache, ops)
         x = x + out
         with jax.named_scope("feed_forward"):
-            return x + self._feed_forward(x, ops.project), cache
+            return x + self._feed_forward(x, ops), cache
 
     def _attention(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, ops: Ops):
         c, t = self.config, x.shape[1]
@@ -104,12 +89,15 @@ class Layer(nnx.Module):
         out = ops.project(self.out[...].reshape(c.hidden_size, -1), out.reshape(t, -1).T)
         return out.astype(x.dtype), cache
 
-    def _feed_forward(self, x: jax.Array, project: Project) -> jax.Array:
+    def _feed_forward(self, x: jax.Array, ops: Ops) -> jax.Array:
         c, t = self.config, x.shape[1]
         normed = rms_norm(self.feed_forward_norm[...], x, c.norm_eps, axis=0)
-        both = project(self.gate_up[...].reshape(-1, c.hidden_size), normed).astype(x.dtype)
+        if c.experts is not None and self.index in c.experts.layers:
+            weights = self.router[...], self.experts_gate_up[...], self.experts_down[...]
+            return mixture(c.experts, *weights, normed, ops)
+        both = ops.project(self.gate_up[...].reshape(-1, c.hidden_size), normed).astype(x.dtype)
         both = both.reshape(c.intermediate_size, 2, t)
-        return project(self.down[...], jax.nn.silu(both[:, 0]) * both[:, 1]).astype(x.dtype)
+        return ops.project(self.down[...], jax.nn.silu(both[:, 0]) * both[:, 1]).astype(x.dtype)
 
 
 class Decoder(nnx.Module):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jmemserve.errors import ConfigError
-from jmemserve.models.config import ModelConfig
+from jmemserve.models.config import Experts, ModelConfig
 
 # Logical axis -> mesh axis. What is not here is on every device in full.
 MESH_AXES = {"kv_heads": "model", "ffn": "model", "vocab": "model"}
@@ -137,12 +137,33 @@ def describe_layer(config: ModelConfig, index: int) -> dict[str, Weight]:
         "gate_up": Weight((f, 2, d), ("ffn", None, None), gate_up, _normal),
         "down": _plain(f"{base}.mlp.down_proj.weight", (d, f), (None, "ffn")),
     }
+    if c.experts is not None and index in c.experts.layers:
+        del weights["gate_up"], weights["down"]
+        weights |= _experts(c, c.experts, base)
     if c.attention_bias:
         weights["qkv_bias"] = Weight((k, g + 2, h), ("kv_heads", None, None), heads("bias", (), "bias", ()), _normal)
     if c.qk_norm:
         weights["q_norm"] = _plain(f"{base}.self_attn.q_norm.weight", (h,), (None,), init=None)
         weights["k_norm"] = _plain(f"{base}.self_attn.k_norm.weight", (h,), (None,), init=None)
     return weights
+
+
+def _experts(config: ModelConfig, experts: Experts, base: str) -> dict[str, Weight]:
+    """The router and every expert's inner and outer half; each device has its part of all experts."""
+    d, f, e = config.hidden_size, config.expert_size, experts.count
+    router, gate, up, down = (f"{base}.{name}.weight" for name in experts.names)
+    every = slice(None)
+    halves = [
+        Source(name.format(expert), (f, d), (f, d), (expert, every, half, every))
+        for expert in range(e)
+        for half, name in enumerate((gate, up))
+    ]
+    outer = [Source(down.format(expert), (d, f), (d, f), (expert, every, every)) for expert in range(e)]
+    return {
+        "router": _plain(router, (e, d), ("experts", None)),
+        "experts_gate_up": Weight((e, f, 2, d), ("experts", "ffn", None, None), tuple(halves), _normal),
+        "experts_down": Weight((e, d, f), ("experts", None, "ffn"), tuple(outer), _normal),
+    }
 
 
 def describe(config: ModelConfig) -> dict[str, Weight]:

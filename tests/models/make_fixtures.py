@@ -15,6 +15,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PretrainedConfig,
@@ -23,6 +25,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 OUT = Path(__file__).parent / "fixtures"
@@ -61,6 +65,10 @@ CASES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
     ),
     "llama_linear": (LlamaForCausalLM, LlamaConfig(**GROUPED, rope_parameters=LINEAR_ROPE)),
     "mistral": (MistralForCausalLM, MistralConfig(**GROUPED, head_dim=16, sliding_window=8)),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig(**GROUPED | {"intermediate_size": 32}, num_local_experts=4, num_experts_per_tok=2),
+    ),
     "phi3": (Phi3ForCausalLM, Phi3Config(**GROUPED, pad_token_id=0, sliding_window=9)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**GROUPED, use_sliding_window=False)),
     "qwen2_window": (
@@ -68,6 +76,12 @@ CASES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
         Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1),
     ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**GROUPED, head_dim=32, tie_word_embeddings=True)),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            **GROUPED, head_dim=32, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=16, mlp_only_layers=[0]
+        ),
+    ),
 }
 SHARDED = {"qwen3": "100KB"}  # in several files with an index
 

@@ -203,3 +203,27 @@ def test_any_json_gives_a_sound_config_or_a_config_error(
     assert all(window is None or window > 0 for window in config.windows)
     assert 0 < config.norm_eps < float("inf") and config.rope.theta > 0 and config.rope.factor > 0
     hash(config)
+
+
+def test_experts(tmp_path: Path) -> None:
+    plain = read(tmp_path, "Mixtral")
+    assert plain.experts is not None and plain.expert_size == plain.intermediate_size
+    assert (plain.experts.count, plain.experts.per_token, plain.experts.renormalise) == (8, 2, True)
+    assert plain.experts.layers == frozenset(range(plain.num_layers))
+    some = read(
+        tmp_path, "Qwen3Moe", mlp_only_layers=[0], moe_intermediate_size=24, num_experts=4, num_experts_per_tok=1
+    )
+    assert some.experts is not None and some.expert_size == 24
+    assert some.experts.layers == {1} and not some.experts.renormalise
+    assert read(tmp_path, "Qwen3Moe", decoder_sparse_step=3).experts is None, "no layer is the third"
+    assert "5 experts" in refused(tmp_path, "Mixtral", num_experts_per_tok=5, num_local_experts=4)
+    assert "mlp_only_layers" in refused(tmp_path, "Qwen3Moe", mlp_only_layers=[7])
+    assert "differ" in refused(tmp_path, "Qwen3Moe", num_experts=4, num_local_experts=6)
+
+
+def test_phi3(tmp_path: Path) -> None:
+    assert read(tmp_path, "Phi3").fused_tensors and read(tmp_path, "Phi3").windows == (None, None)
+    assert read(tmp_path, "Phi3", sliding_window=9).windows == (9, 9)
+    longrope = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    assert "longrope" in refused(tmp_path, "Phi3", rope_scaling=longrope)
+    assert "partial_rotary_factor" in refused(tmp_path, "Phi3", partial_rotary_factor=0.75)

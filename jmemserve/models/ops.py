@@ -1,0 +1,35 @@
+"""What a model leaves to others: how to attend, and how to multiply a weight with columns."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jmemserve.kernels.rule import Rule
+
+Cache = TypeVar("Cache")
+# (cache, layer, q [T, N, H], k [T, K, H], v [T, K, H], rule) -> (out [T, N, H], cache)
+Attend = Callable[[Cache, int, jax.Array, jax.Array, jax.Array, Rule], tuple[jax.Array, Cache]]
+Project = Callable[[jax.Array, jax.Array], jax.Array]  # ([out, in], [in, T]) -> f32[out, T]
+ProjectFirst = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # the same, of the first so many (i32[]) columns
+
+
+def project(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """[out, in] x [in, T] -> f32[out, T], summed in float32."""
+    return jnp.einsum("nk,kt->nt", weight, x, preferred_element_type=jnp.float32)
+
+
+def project_first(weight: jax.Array, x: jax.Array, used: jax.Array) -> jax.Array:
+    """The same; of the columns behind ``used`` nobody wants to know."""
+    return project(weight, x)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ops:
+    """Of one step. ``project`` is for columns that are the step's tokens."""
+
+    attend: Attend
+    project: Project = project
+    project_first: ProjectFirst = project_first
