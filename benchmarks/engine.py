@@ -199,10 +199,13 @@ def show(rows: list[tuple[str, int, float, float]], first: list[dict[str, object
 
 
 def count_weights(config) -> int:
-    """Weights that each token is multiplied with: all but the embedding table."""
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    layer = config.hidden_size * (heads + config.num_heads * config.head_dim + 3 * config.intermediate_size)
-    return config.num_layers * layer + config.vocab_size * config.hidden_size
+    """Weights that each token is multiplied with: all but the embedding table, and the experts it does not go to."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    mixed = len(config.experts.layers) if config.experts else 0
+    inner = (config.num_layers - mixed) * 3 * config.intermediate_size
+    if config.experts:
+        inner += mixed * (config.experts.per_token * 3 * config.expert_size + config.experts.count)
+    return config.hidden_size * (config.num_layers * heads + inner + config.vocab_size)
 
 
 def _parser() -> argparse.ArgumentParser:

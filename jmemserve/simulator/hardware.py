@@ -65,6 +65,10 @@ def read_model(path: str) -> Model:
         raise ConfigError(f"--model {path}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--model {path}: not the config.json of a decoder: {type(error).__name__} {error}") from None
+    if "num_local_experts" in config or "num_experts" in config:
+        raise ConfigError(
+            f"--model {path}: what a mixture of experts costs is not worked out; calibrate one and use --profile"
+        )
     per_layer = hidden * size * (2 * heads + 2 * kv_heads) + 3 * hidden * ffn
     return Model(
         file.parent.name, layers * per_layer + hidden * vocabulary, 4 * layers * kv_heads * size, layers * heads * size

@@ -68,6 +68,10 @@ def test_hardware_is_worked_out_and_says_so(tmp_path: Path, capsys: pytest.Captu
     assert main(["--hardware", "h200", "--model", str(tmp_path / "no")]) == 2
     assert main(["--hardware", "abacus"]) == 2
     assert "abacus" in capsys.readouterr().err
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text(json.dumps(json.loads(model.read_text()) | {"num_local_experts": 8}))
+    assert main(["--hardware", "h200", "--model", str(mixture)]) == 2
+    assert "mixture of experts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
