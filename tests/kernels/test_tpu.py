@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from attention_cases import Rows, Sizes, check, make_case
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from jmemserve.kernels import Ragged, tpu
 from jmemserve.kernels.choice import Need, choose, why_not
 from jmemserve.kernels.rule import Rule
+from jmemserve.kernels.tpu import kernel
 
-SIMULATED = functools.partial(tpu.attend, interpret=pltpu.InterpretParams())
+# The detector raises if two accesses of memory, one of them a write, are not ordered by semaphores.
+SIMULATED = functools.partial(tpu.attend, interpret=pltpu.InterpretParams(detect_races=True))
 SIZES = Sizes(kv_heads=2, group=2, head=128, block=16)
 MIXED: Rows = [(40, 1), (1, 1), (21, 21), (290, 3)]
 
@@ -62,14 +65,24 @@ def test_every_chunk_of_a_long_prompt_is_written() -> None:
     run([(90, 85), (10, 10)], Sizes(1, 2, 128, layers=3, block=8), window=9)
 
 
+@pytest.mark.parametrize(
+    "rows", [[(40, 1), (1, 1), (33, 1)], [(40, 1), (21, 21), (5, 3), (9, 1)]], ids=["ones", "mixed"]
+)
+def test_tables_that_do_not_fit_at_once(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_SMEM", 2 * 3 * 4)  # two rows of three pages
+    run(rows, SIZES, padding=2)
+
+
 # -- lowering for a TPU ------------------------------------------------------------------------------------------------
 
 TPU = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu"))
 
 
-def lowered(sizes: Sizes, num_rows: int, num_tokens: int, sinks: bool = False, aggregated: bool = True) -> str:
+def lowered(
+    sizes: Sizes, num_rows: int, num_tokens: int, sinks: bool = False, aggregated: bool = True, max_len: int = 4096
+) -> str:
     """The text of two layers' attention, as it would be given to a TPU's compiler."""
-    t, width, num_pages = num_tokens, 4096 // sizes.block, 100
+    t, width, num_pages = num_tokens, max_len // sizes.block, 100
     of = jax.ShapeDtypeStruct
     ints = ((t,), (t,), (num_rows, width), (num_rows,), (num_rows + 1,))
     ragged = Ragged(*(of(shape, jnp.int32) for shape in ints))
@@ -91,12 +104,12 @@ def lowered(sizes: Sizes, num_rows: int, num_tokens: int, sinks: bool = False, a
         return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
-LLAMA_8B = {block: Sizes(8, 4, 128, 32, block, "bfloat16") for block in (16, 128)}
+LLAMA_8B = {block: Sizes(8, 4, 128, 32, block, "bfloat16") for block in (16, 64, 128)}
 LLAMA_13B = Sizes(40, 1, 128, 40, 16, "bfloat16")
 
 
 @pytest.mark.parametrize("tokens", [64, 2048], ids=["decode", "packed"])
-@pytest.mark.parametrize("sizes", [*LLAMA_8B.values(), LLAMA_13B], ids=["8B-16", "8B-128", "13B"])
+@pytest.mark.parametrize("sizes", [*LLAMA_8B.values(), LLAMA_13B], ids=["8B-16", "8B-64", "8B-128", "13B"])
 def test_lowers_at_the_sizes_of_real_models(sizes: Sizes, tokens: int) -> None:
     assert lowered(sizes, 64, tokens).count("tpu_custom_call") == 4, "two kernels in each of two layers"
 
@@ -107,9 +120,35 @@ def test_lowers_other_sizes(sizes: Sizes, aggregated: bool) -> None:
     assert "tpu_custom_call" in lowered(sizes, 8, 200, sinks=True, aggregated=aggregated)
 
 
-def test_tables_beyond_scalar_memory_are_refused() -> None:
+@pytest.mark.parametrize("tokens", [64, 2048], ids=["decode", "packed"])
+def test_lowers_with_many_rows_of_a_long_context(tokens: int) -> None:
+    text = lowered(Sizes(8, 4, 128, 2, 16, "bfloat16"), 64, tokens, max_len=131_072)
+    assert text.count("tpu_custom_call") == 2 * (1 + 4), "one writes, four attend, each for 16 rows"
+
+
+def test_a_table_beyond_scalar_memory_is_refused() -> None:
     with pytest.raises(ValueError, match="larger blocks"):
-        lowered(Sizes(1, 1, 128, 2, 8), 512, 512)
+        lowered(Sizes(1, 1, 128, 2, 8), 1, 8, max_len=2 << 20)
+
+
+@pytest.mark.parametrize("tokens", [16, 256], ids=["decode", "packed"])
+def test_each_device_of_a_mesh_lowers_its_own_heads(tokens: int) -> None:
+    of = jax.ShapeDtypeStruct
+    ragged = Ragged(*(of(shape, jnp.int32) for shape in ((tokens,), (tokens,), (16, 64), (16,), (17,))))
+    q, kv = of((tokens, 32, 128), "bfloat16"), of((tokens, 8, 128), "bfloat16")
+    pages = of((100, 2, 2, 8, 16, 128), "bfloat16")
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((2,), ("model",), axis_types=(AxisType.Auto,), abstract_device=device)
+    heads, page = P(None, "model"), P(None, None, None, "model")
+
+    def layer(q, k, v, pages, ragged):
+        return tpu.attend(q, k, v, pages, 1, ragged, Rule(0.1))
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        specs = (heads, heads, heads, page, P())
+        sharded = jax.shard_map(layer, mesh=mesh, in_specs=specs, out_specs=(heads, page), check_vma=False)
+        text = jax.jit(sharded).trace(q, kv, kv, pages, ragged).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 2
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------

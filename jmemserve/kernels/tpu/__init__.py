@@ -48,7 +48,7 @@ def attend(
 ) -> tuple[jax.Array, Pages]:
     """See ``jmemserve.kernels.Attention``. ``interpret``: simulate a TPU that way, on a CPU (for tests).
 
-    Raises ValueError if the tables are larger than the scalar memory.
+    Raises ValueError if the table of one row is larger than the scalar memory (131,072 pages).
     """
     own = pages[layer] if isinstance(pages, tuple) else pages
     lead = () if isinstance(pages, tuple) else (layer,)  # what comes after the page's number in an address

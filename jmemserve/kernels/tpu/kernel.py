@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.rule import Rule
-from jmemserve.kernels.tpu.work import LANES, cut, tiling
+from jmemserve.kernels.tpu.work import LANES, Tiling, cut, tiling
 
 Interpret = bool | pltpu.InterpretParams
 
@@ -59,14 +59,42 @@ def attend_pages(
     sinks: jax.Array | None,
     interpret: Interpret,
 ) -> jax.Array:
-    """q: [T, N, H]; pages: [P, *lead, 2, K, C, H] -> [T, N, H]; nothing for tokens of padding."""
-    num_tokens, num_heads, head_dim = q.shape
+    """q: [T, N, H]; pages: [P, *lead, 2, K, C, H] -> [T, N, H]; zero for tokens of padding.
+
+    A kernel has the tables of its rows in scalar memory. All of a step's fit but with many rows of a long context; then
+    a kernel for some rows follows the other. Raises ValueError if those of one row do not fit.
+    """
+    num_tokens, (num_rows, width) = q.shape[0], ragged.tables.shape
+    if width * 4 > _SMEM:
+        raise ValueError(f"a table of {width} pages is too much for scalar memory: use larger blocks")
+    at_once = min(num_rows, _SMEM // (width * 4))
+    number = jnp.arange(num_tokens)[:, None, None]
+    out = jnp.zeros_like(q)
+    for begin in range(0, num_rows, at_once):
+        rows = slice(begin, min(begin + at_once, num_rows))
+        starts = ragged.starts[rows.start : rows.stop + 1]
+        part = dataclasses.replace(ragged, tables=ragged.tables[rows], context=ragged.context[rows], starts=starts)
+        sizes = tiling(num_tokens, num_rows, rows.stop - rows.start, q.shape[1] // pages.shape[-3], q.dtype.name)
+        is_here = (number >= starts[0]) & (number < starts[-1])  # what no item wrote may be NaN
+        out = jnp.where(is_here, _attend_rows(q, pages, lead, part, sizes, rule, sinks, interpret), out)
+    return out
+
+
+def _attend_rows(
+    q: jax.Array,
+    pages: jax.Array,
+    lead: tuple[int, ...],
+    ragged: Ragged,
+    sizes: Tiling,
+    rule: Rule,
+    sinks: jax.Array | None,
+    interpret: Interpret,
+) -> jax.Array:
+    """q: [T, N, H] of all rows; ragged: some rows -> [T, N, H]; tokens of others come back as anything."""
+    _, num_heads, head_dim = q.shape
     kv_heads, size = pages.shape[-3:-1]
-    num_rows, width = ragged.tables.shape
-    if ragged.tables.size * 4 > _SMEM:
-        raise ValueError(f"{num_rows} tables of {width} pages are too much for scalar memory: use larger blocks")
+    width = ragged.tables.shape[1]
     group = num_heads // kv_heads
-    sizes = tiling(num_tokens, num_rows, group, q.dtype.name)
     work = cut(ragged, sizes)
     per_span = min(max(1, SPAN // size), width)
     rows = sizes.tile * group
@@ -108,8 +136,7 @@ def attend_pages(
     )
     out = call(work.items, ragged.tables.reshape(-1), *operands)
     out = out.reshape(kv_heads, sizes.places, group, head_dim)[:, work.place].transpose(1, 0, 2, 3)
-    is_used = jnp.arange(num_tokens) < ragged.starts[-1]  # what no item wrote may be NaN
-    return jnp.where(is_used[:, None, None], out.reshape(q.shape), 0)
+    return out.reshape(q.shape)
 
 
 def _heads_together(kv_heads: int, rows: int, span: int, head_dim: int, q_bytes: int, kv_bytes: int) -> int:

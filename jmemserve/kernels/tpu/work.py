@@ -41,23 +41,23 @@ class Work:
 
     items: jax.Array  # i32[4 * M + 1]: row, place, position and new tokens of each; at last how many there are
     token: jax.Array  # i32[R] of each place; any token where there is none
-    place: jax.Array  # i32[T] of each token; any place for tokens of padding
+    place: jax.Array  # i32[T] of each token; any place for tokens of padding, and of rows that are not cut
 
 
-def tiling(num_tokens: int, num_rows: int, group: int, dtype: str) -> Tiling:
-    """For steps of that shape; group: query heads per kv head, dtype: of the queries."""
+def tiling(num_tokens: int, num_rows: int, at_once: int, group: int, dtype: str) -> Tiling:
+    """For steps of that shape, ``at_once`` rows of it; group: query heads per kv head, dtype: of the queries."""
     packed = packing(dtype)
     align = packed // math.gcd(packed, group)
     if num_tokens == num_rows:  # every row has at most one token
-        return Tiling(align, align, num_rows * align, num_rows)
+        return Tiling(align, align, at_once * align, at_once)
     longest = min(TILE, max(_MAX_ROWS // group, 1), num_tokens)
     tile = max(longest // align, 1) * align
-    places = -(-(num_tokens + num_rows * (align - 1)) // align) * align + tile
-    return Tiling(align, tile, places, min(num_tokens, num_tokens // tile + num_rows))
+    places = -(-(num_tokens + at_once * (align - 1)) // align) * align + tile
+    return Tiling(align, tile, places, min(num_tokens, num_tokens // tile + at_once))
 
 
 def cut(ragged: Ragged, sizes: Tiling) -> Work:
-    """The items of a batch. Rows without a new token have none."""
+    """The items of a batch, or of some rows of one. Rows without a new token have none."""
     starts, lengths = ragged.starts[:-1], ragged.starts[1:] - ragged.starts[:-1]
     last_row = lengths.shape[0] - 1
     aligned = -(-lengths // sizes.align) * sizes.align
