@@ -114,7 +114,7 @@ def main() -> None:
     decode: dict[int, list[float]] = {batch: [] for batch in args.batches}
     bar = tqdm(total=args.repeats * (len(prefill) + len(decode)), desc="measure")
     for _ in range(args.repeats):
-        bandwidths.append(max(machine.read_bandwidth(big, 5), machine.copy_bandwidth(big, 5)))
+        bandwidths.append(machine.read_bandwidth(big, 5))
         rates.append(machine.matmul_rate(size, 5, dtype))
         for length in args.prompts:
             prefill[length].append(driver.first_token(driver.prompt(length))[0])

@@ -25,7 +25,8 @@ class Skipped(Exception):
 class Peaks:
     """What the device itself can do."""
 
-    bytes_s: float
+    read_s: float  # bytes
+    copy_s: float  # bytes read and bytes written
     flop_s: float
 
 
@@ -41,7 +42,8 @@ class Row:
     flop: float = 0.0
 
     def share(self, peaks: Peaks) -> float:
-        return (self.bytes / peaks.bytes_s + self.flop / peaks.flop_s) / self.seconds
+        bandwidth = peaks.copy_s if self.part == "moves" else peaks.read_s
+        return (self.bytes / bandwidth + self.flop / peaks.flop_s) / self.seconds
 
     def as_dict(self, peaks: Peaks) -> dict[str, object]:
         return dataclasses.asdict(self) | {"of_peak": self.share(peaks)}
@@ -97,8 +99,8 @@ class Setting:
         if self.repeats == 1:
             big = 8
         size = 256 if self.repeats == 1 else 2048 if self.platform == "cpu" else 8192
-        bandwidth = max(machine.read_bandwidth(big, self.repeats), machine.copy_bandwidth(big, self.repeats))
-        return Peaks(bandwidth, machine.matmul_rate(size, self.repeats, self.dtype))
+        read, copy = machine.read_bandwidth(big, self.repeats), machine.copy_bandwidth(big, self.repeats)
+        return Peaks(read, copy, machine.matmul_rate(size, self.repeats, self.dtype))
 
     def need(self, heads: Heads, block: int) -> Need:
         kind = jax.devices()[0].device_kind
