@@ -10,10 +10,10 @@ prefill   one row of new tokens: FLOP of the causal half over the rate of large 
 moves     blocks gathered from pages and scattered into them: bytes read and written over the bandwidth
 products  weights with columns of tokens (where a backend has its own)
 
-"Of peak" is over what the same device did in the same run: reading a large array for attention, adding one to all of it
-in place for moves, the best of some large matrix products in the same type. A kernel runs several times in one program, each time
-on the output of the time before, so starting it is not measured. Beside ours: jax.nn's attention on contiguous keys and
-values, jax's own paged kernel where there is one for the device, PyTorch's where it is installed.
+"Of peak" is over what the same device did in the same run: reading a large array for attention, adding one to all of
+it in place for moves, the best of some large matrix products in the same type. A kernel runs several times in one
+program, each time on the output of the time before, so starting it is not measured. Beside ours: jax.nn's attention on
+contiguous keys and values, jax's own paged kernel where there is one for the device, PyTorch's where it is installed.
 """
 
 import argparse
