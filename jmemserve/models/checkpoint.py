@@ -52,8 +52,11 @@ class Checkpoint:
         found = {self._slice_of(name).get_dtype() for name in self._homes if not name.endswith(_DERIVED)}
         return {_TYPES.get(name, name) for name in found}
 
-    def check(self, weights: dict[str, Weight], tied: bool) -> None:
-        """Every tensor that the model needs is there in its shape, and nothing else that could matter."""
+    def check(self, weights: dict[str, Weight], tied: bool, prefix: str = "") -> None:
+        """Every tensor that the model needs is there in its shape, and nothing else that could matter.
+
+        Tensors without the prefix are of other models.
+        """
         wanted = {source.name: source for weight in weights.values() for source in weight.sources}
         for name, source in wanted.items():
             shape = list(source.tensor_shape)
@@ -74,7 +77,9 @@ class Checkpoint:
         extra = sorted(
             name
             for name in self.names - set(wanted)
-            if not name.endswith(_DERIVED) and not (tied and name == "lm_head.weight")
+            if name.startswith(prefix)
+            and not name.endswith(_DERIVED)
+            and not (tied and name == f"{prefix}lm_head.weight")
         )
         if extra:
             raise CheckpointError(

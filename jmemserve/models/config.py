@@ -46,7 +46,16 @@ class ModelConfig:
     windows: tuple[int | None, ...]  # per layer: a token sees at most that many tokens, itself included
     attention_bias: bool = False  # on queries, keys and values
     qk_norm: bool = False  # RMS norm of each query and key head
+    out_norms: bool = False  # RMS norm also of what attention and the feed-forward part give to the stream
+    norm_offset: float = 0.0  # added to every norm's weight: 1 where the checkpoint says how far they are from one
+    activation: str = "silu"  # of the feed-forward part; one of ACTIVATIONS
+    scaled_embeddings: bool = False  # by the square root of hidden_size
+    attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    local_rope: RopeConfig | None = None  # of the layers that have a window; None: as all
     experts: Experts | None = None
+    tensor_prefix: str = ""  # of the model's tensors, where the checkpoint holds other models beside it
     fused_tensors: bool = False  # the checkpoint has queries, keys and values in one tensor, and both inner halves too
     dtype: str = "float32"  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()  # union of config.json and generation_config.json
@@ -54,7 +63,7 @@ class ModelConfig:
 
     def rule(self, layer: int) -> Rule:
         """How a layer's tokens attend."""
-        return Rule(self.head_dim**-0.5, self.windows[layer])
+        return Rule(self.attention_scale or self.head_dim**-0.5, self.windows[layer], self.attention_soft_cap)
 
     @property
     def expert_size(self) -> int:
@@ -79,6 +88,9 @@ class Family(Protocol):
 
 
 FAMILIES = {
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
@@ -87,6 +99,12 @@ FAMILIES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
+
+# Where a model for text stands beside others, which are left out: what its tensors' names begin with.
+_BESIDE_OTHERS = {"Gemma3ForConditionalGeneration": "language_model."}
+
+# hidden_act -> ModelConfig.activation
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # Keys that say nothing about the numbers of inference.
 _HARMLESS = frozenset(
@@ -125,9 +143,10 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def _parse(raw: dict[str, Any], more_eos: frozenset[int]) -> ModelConfig:
-    family = _family(raw)
+    architecture = _architecture(raw)
+    family, prefix = FAMILIES[architecture], _BESIDE_OTHERS.get(architecture, "")
     module: Family = importlib.import_module(f"jmemserve.models.{family}")
-    raw = module.DEFAULTS | raw
+    raw = module.DEFAULTS | (_text_model(raw) if prefix else raw)
     hidden, heads = take_count(raw, "hidden_size"), take_count(raw, "num_attention_heads")
     layers = take_count(raw, "num_hidden_layers")
     kv_heads = take_count(raw, "num_key_value_heads", heads)
@@ -136,8 +155,10 @@ def _parse(raw: dict[str, Any], more_eos: frozenset[int]) -> ModelConfig:
     head_dim = take_count(raw, "head_dim", hidden // heads if hidden % heads == 0 else None)
     if head_dim % 2:
         raise ConfigError(f"head_dim {head_dim} is odd, but rotary embedding turns pairs")
-    if (act := raw.pop("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act {act!r} is not supported; only silu is")
+    traits = module.traits(raw, layers)
+    act = raw.pop("hidden_act", "silu")
+    if not isinstance(act, str) or act not in ACTIVATIONS:
+        raise ConfigError(f"hidden_act {act!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
     bos = raw.pop("bos_token_id", None)
     common: dict[str, Any] = {
         "family": family,
@@ -150,14 +171,15 @@ def _parse(raw: dict[str, Any], more_eos: frozenset[int]) -> ModelConfig:
         "intermediate_size": take_count(raw, "intermediate_size"),
         "norm_eps": take_positive(raw, "rms_norm_eps", 1e-6),  # the default of every family
         "rope": take_rope(raw),
+        "activation": ACTIVATIONS[act],
         "tied_embeddings": take_flag(raw, "tie_word_embeddings"),
         "max_model_len": take_count(raw, "max_position_embeddings"),
         "windows": (None,) * layers,
+        "tensor_prefix": prefix,
         "dtype": _take_dtype(raw),
         "eos_token_ids": take_ids(raw, "eos_token_id") | more_eos,
         "bos_token_id": bos if is_whole(bos) else None,
     }
-    traits = module.traits(raw, layers)
     for key, value in raw.items():
         switched_off = value is None or value is False or value == [] or value == {}  # 0 may mean something
         if key not in _HARMLESS and not switched_off:
@@ -175,19 +197,34 @@ def layer_windows(raw: dict[str, Any], num_layers: int) -> tuple[int | None, ...
         if not is_whole(full_below) or full_below < 0:
             raise ConfigError(f"max_window_layers must be a whole number, not {full_below!r}")
         kinds = ["full_attention" if layer < full_below else "sliding_attention" for layer in range(num_layers)]
+    windows = windows_by_kind(kinds, window, num_layers)
+    if any(windows) and not use:
+        raise ConfigError("layer_types has sliding_attention, but use_sliding_window is not true")
+    return windows
+
+
+def windows_by_kind(kinds: Any, window: Any, num_layers: int) -> tuple[int | None, ...]:
+    """Windows per layer, from layer_types and sliding_window."""
     known = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
         raise ConfigError(f"layer_types must name {num_layers} layers, each one of {', '.join(known)}, not {kinds!r}")
     if "sliding_attention" not in kinds:
         return (None,) * num_layers
-    if not use:
-        raise ConfigError("layer_types has sliding_attention, but use_sliding_window is not true")
     size = take_count({"sliding_window": window}, "sliding_window")
     return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _family(raw: dict[str, Any]) -> str:
-    """The name of the family's module."""
+def _text_model(raw: dict[str, Any]) -> dict[str, Any]:
+    """The text_config, with what stands beside it and is of all models together."""
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(f"text_config must be an object, not {text!r}")
+    shared = ("eos_token_id", "bos_token_id", "dtype", "torch_dtype", "quantization_config")
+    return text | {key: raw[key] for key in shared if raw.get(key) is not None}
+
+
+def _architecture(raw: dict[str, Any]) -> str:
+    """One of FAMILIES."""
     names = raw.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ConfigError(f"architectures must be a list that begins with one of {', '.join(FAMILIES)}, not {names!r}")
@@ -196,7 +233,7 @@ def _family(raw: dict[str, Any]) -> str:
     own = raw.get("auto_map")
     if isinstance(own, dict) and any(key.startswith("AutoModel") for key in own):
         raise ConfigError("auto_map names a model's own code, which is never run; the numbers could differ from ours")
-    return FAMILIES[names[0]]
+    return names[0]
 
 
 def _take_dtype(raw: dict[str, Any]) -> str:

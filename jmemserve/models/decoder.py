@@ -18,15 +18,17 @@ from jmemserve.models.ops import Cache, Ops, Project, project
 from jmemserve.models.rope import RopeConfig
 
 MakeParam = Callable[[str, Weight], nnx.Param]
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
 
-def rms_norm(weight: jax.Array, x: jax.Array, eps: float, axis: int) -> jax.Array:
+def rms_norm(config: ModelConfig, weight: nnx.Param, x: jax.Array, axis: int = 0) -> jax.Array:
     """Scale x to a root mean square of 1 along ``axis``, in float32, then by ``weight``."""
     wide = x.astype(jnp.float32)
-    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=axis, keepdims=True) + eps)
+    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=axis, keepdims=True) + config.norm_eps)
     shape = [1] * x.ndim
     shape[axis] = -1
-    return (weight.astype(jnp.float32).reshape(shape) * scaled).astype(x.dtype)
+    by = weight[...].astype(jnp.float32) + config.norm_offset
+    return (by.reshape(shape) * scaled).astype(x.dtype)
 
 
 def rope_angles(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -51,9 +53,11 @@ class Layer(nnx.Module):
     q_norm: nnx.Param  # if qk_norm
     k_norm: nnx.Param  # if qk_norm
     out: nnx.Param
+    attention_out_norm: nnx.Param  # if out_norms
     feed_forward_norm: nnx.Param
     gate_up: nnx.Param
     down: nnx.Param
+    feed_forward_out_norm: nnx.Param  # if out_norms
     router: nnx.Param  # these three in place of the two before, where there are experts
     experts_gate_up: nnx.Param
     experts_down: nnx.Param
@@ -66,22 +70,27 @@ class Layer(nnx.Module):
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, ops: Ops):
         with jax.named_scope("attention"):
             out, cache = self._attention(x, cos, sin, cache, ops)
+            if self.config.out_norms:
+                out = rms_norm(self.config, self.attention_out_norm, out)
         x = x + out
         with jax.named_scope("feed_forward"):
-            return x + self._feed_forward(x, ops), cache
+            out = self._feed_forward(x, ops)
+            if self.config.out_norms:
+                out = rms_norm(self.config, self.feed_forward_out_norm, out)
+        return x + out, cache
 
     def _attention(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache: Cache, ops: Ops):
         c, t = self.config, x.shape[1]
         group, heads = c.group, c.head_dim
-        normed = rms_norm(self.attention_norm[...], x, c.norm_eps, axis=0)
+        normed = rms_norm(c, self.attention_norm, x)
         qkv = ops.project(self.qkv[...].reshape(-1, c.hidden_size), normed).astype(x.dtype)
         qkv = qkv.reshape(c.num_kv_heads, group + 2, heads, t)  # K G+2 H T
         if c.attention_bias:
             qkv = qkv + self.qkv_bias[...][..., None].astype(qkv.dtype)
         q, k, v = qkv[:, :group], qkv[:, group : group + 1], qkv[:, group + 1]
         if c.qk_norm:
-            q = rms_norm(self.q_norm[...], q, c.norm_eps, axis=2)
-            k = rms_norm(self.k_norm[...], k, c.norm_eps, axis=2)
+            q = rms_norm(c, self.q_norm, q, axis=2)
+            k = rms_norm(c, self.k_norm, k, axis=2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q = q.transpose(3, 0, 1, 2).reshape(t, c.num_heads, heads)  # T N H
         k, v = k[:, 0].transpose(2, 0, 1), v.transpose(2, 0, 1)  # T K H
@@ -91,13 +100,13 @@ class Layer(nnx.Module):
 
     def _feed_forward(self, x: jax.Array, ops: Ops) -> jax.Array:
         c, t = self.config, x.shape[1]
-        normed = rms_norm(self.feed_forward_norm[...], x, c.norm_eps, axis=0)
+        normed = rms_norm(c, self.feed_forward_norm, x)
         if c.experts is not None and self.index in c.experts.layers:
             weights = self.router[...], self.experts_gate_up[...], self.experts_down[...]
             return mixture(c.experts, *weights, normed, ops)
         both = ops.project(self.gate_up[...].reshape(-1, c.hidden_size), normed).astype(x.dtype)
         both = both.reshape(c.intermediate_size, 2, t)
-        return ops.project(self.down[...], jax.nn.silu(both[:, 0]) * both[:, 1]).astype(x.dtype)
+        return ops.project(self.down[...], ACTIVATIONS[c.activation](both[:, 0]) * both[:, 1]).astype(x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -115,16 +124,21 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, cache: Cache, ops: Ops):
         """tokens, positions: i32[T]; returns (hidden [D, T], cache)."""
+        c = self.config
         with jax.named_scope("embed"):
             x = self.embed[...][tokens].T  # D T
-        cos, sin = rope_angles(self.config.rope, self.config.head_dim, positions)
-        for layer in self.layers:
-            x, cache = layer(x, cos, sin, cache, ops)
+            if c.scaled_embeddings:
+                x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)  # rounded to the type, as it was in training
+        angles = rope_angles(c.rope, c.head_dim, positions)
+        local = angles if c.local_rope is None else rope_angles(c.local_rope, c.head_dim, positions)
+        for layer, window in zip(self.layers, c.windows, strict=True):
+            x, cache = layer(x, *(angles if window is None else local), cache, ops)
         return x, cache
 
     def logits(self, hidden: jax.Array, project: Project = project) -> jax.Array:
         """hidden [D, B] -> f32 [V, B]."""
+        c = self.config
         with jax.named_scope("logits"):
-            normed = rms_norm(self.norm[...], hidden, self.config.norm_eps, axis=0)
-            table = self.embed if self.config.tied_embeddings else self.lm_head
-            return project(table[...], normed)
+            normed = rms_norm(c, self.norm, hidden)
+            logits = project((self.embed if c.tied_embeddings else self.lm_head)[...], normed)
+            return logits if c.logit_soft_cap is None else c.logit_soft_cap * jnp.tanh(logits / c.logit_soft_cap)

@@ -86,13 +86,13 @@ def _fuse(name: str, sources: tuple[Source, ...]) -> tuple[Source, ...]:
 
 def describe_top(config: ModelConfig) -> dict[str, Weight]:
     """The weights outside the layers, by attribute of Decoder."""
-    table = (config.vocab_size, config.hidden_size)
+    table, prefix = (config.vocab_size, config.hidden_size), config.tensor_prefix
     weights = {
-        "embed": _plain("model.embed_tokens.weight", table, ("vocab", None)),
-        "norm": _plain("model.norm.weight", (config.hidden_size,), (None,), init=None),
+        "embed": _plain(f"{prefix}model.embed_tokens.weight", table, ("vocab", None)),
+        "norm": _plain(f"{prefix}model.norm.weight", (config.hidden_size,), (None,), init=None),
     }
     if not config.tied_embeddings:
-        weights["lm_head"] = _plain("lm_head.weight", table, ("vocab", None))
+        weights["lm_head"] = _plain(f"{prefix}lm_head.weight", table, ("vocab", None))
     return weights
 
 
@@ -100,7 +100,7 @@ def describe_layer(config: ModelConfig, index: int) -> dict[str, Weight]:
     """The weights of one layer, by attribute of Layer."""
     c = config
     d, k, g, h, f = c.hidden_size, c.num_kv_heads, c.group, c.head_dim, c.intermediate_size
-    base = f"model.layers.{index}"
+    base = f"{c.tensor_prefix}model.layers.{index}"
     every = slice(None)
 
     def heads(kind: str, rest: tuple[int, ...], suffix: str, tail: tuple[slice, ...]) -> tuple[Source, ...]:
@@ -145,6 +145,15 @@ def describe_layer(config: ModelConfig, index: int) -> dict[str, Weight]:
     if c.qk_norm:
         weights["q_norm"] = _plain(f"{base}.self_attn.q_norm.weight", (h,), (None,), init=None)
         weights["k_norm"] = _plain(f"{base}.self_attn.k_norm.weight", (h,), (None,), init=None)
+    if c.out_norms:
+        names = {
+            "attention_out_norm": "post_attention",
+            "feed_forward_norm": "pre_feedforward",
+            "feed_forward_out_norm": "post_feedforward",
+        }
+        weights |= {
+            ours: _plain(f"{base}.{name}_layernorm.weight", (d,), (None,), init=None) for ours, name in names.items()
+        }
     return weights
 
 

@@ -49,6 +49,12 @@ def take_positive(raw: dict[str, Any], key: str, default: float | None = None) -
     return float(value)
 
 
+def take_cap(raw: dict[str, Any], key: str) -> float | None:
+    """A finite number above 0; None for a missing or null one."""
+    value = raw.pop(key, None)
+    return None if value is None else take_positive({key: value}, key)
+
+
 def take_flag(raw: dict[str, Any], key: str) -> bool:
     """true or false; missing or null is false."""
     value = raw.pop(key, None)

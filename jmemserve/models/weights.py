@@ -74,7 +74,7 @@ def init_dummy(config: ModelConfig, dtype: str, mesh: Mesh, seed: int, progress:
 def load_safetensors(folder: Path, config: ModelConfig, dtype: str, mesh: Mesh, progress: Progress) -> Model:
     """Weights from *.safetensors: only the slices that a shard needs are read, one weight at a time."""
     checkpoint = Checkpoint(folder)
-    checkpoint.check(describe(config), config.tied_embeddings)
+    checkpoint.check(describe(config), config.tied_embeddings, config.tensor_prefix)
 
     def make(path: str, weight: Weight, sharding: NamedSharding) -> jax.Array:
         wanted = jnp.dtype(dtype)

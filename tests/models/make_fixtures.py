@@ -1,16 +1,21 @@
 """Writes tests/models/fixtures: tiny random checkpoints, with what transformers makes of them.
 
-Needs torch and transformers 5, which nothing else here does: ``python tests/models/make_fixtures.py``. Weights are
-large and norms and biases random, so that every field of a config.json shows in the logits; a seed is taken only if no
-step of its greedy continuations is a near tie.
+Needs torch and transformers 5, which nothing else here does: ``python tests/models/make_fixtures.py [NAME ...]``.
+Weights are large and norms and biases random, so that every field of a config.json shows in the logits; a seed is taken
+only if no step of its greedy continuations is a near tie.
 """
 
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -57,7 +62,24 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 8, "pad_token_id": 0}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 CASES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**GROUPED | GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=30.0),
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **GROUPED | GEMMA,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=GEMMA3_ROPE,
+        ),
+    ),
     "llama2": (LlamaForCausalLM, LlamaConfig(**COMMON, num_key_value_heads=4, tie_word_embeddings=False)),
     "llama3": (
         LlamaForCausalLM,
@@ -118,7 +140,8 @@ def reference(model: PreTrainedModel, seed: int) -> tuple[dict[str, np.ndarray],
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name, (kind, config) in CASES.items():
+    for name in sys.argv[1:] or CASES:
+        kind, config = CASES[name]
         for seed in itertools.count():
             model = make_model(kind, config, seed)
             found, margin = reference(model, seed)

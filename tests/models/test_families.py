@@ -3,13 +3,16 @@
 The fixtures are made by make_fixtures.py; only numpy is needed to read them.
 """
 
+import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_driver import Driver
 from oracle import model_mesh, naive_generate, naive_logits
+from safetensors.numpy import load_file, save_file
 
 from jmemserve.config import LoadFormat, Warmup
 from jmemserve.errors import ConfigError
@@ -18,6 +21,8 @@ from jmemserve.types import SamplingParams
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = (
+    "gemma2",
+    "gemma3",
     "llama2",
     "llama3",
     "llama_linear",
@@ -31,6 +36,8 @@ NAMES = (
 )
 PROMPTS = 3
 MESHES = {
+    "gemma2": "colocated:2",
+    "gemma3": "prefill+decode",
     "llama3": "colocated",
     "mistral": "prefill+decode",
     "mixtral": "colocated",
@@ -109,6 +116,25 @@ def test_bfloat16_is_near(name: str) -> None:
     assert error(naive_logits(*model, prompts(name)[1]), reference(name)["logits1"]) < 0.1
 
 
+def test_a_model_for_text_is_taken_from_among_others(tmp_path: Path) -> None:
+    """A checkpoint of Gemma 3 that can see: the language model is one of several, in config.json as in the tensors."""
+    text = json.loads((FIXTURES / "gemma3" / "config.json").read_text())
+    del text["architectures"], text["eos_token_id"]
+    outer = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": [2],
+        "vision_config": {"hidden_size": 4},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": text}))
+    tensors = load_file(FIXTURES / "gemma3" / "model.safetensors")
+    tensors = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(tensors | {"vision_tower.head.probe": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    config = load_config(tmp_path)
+    assert dataclasses.replace(config, tensor_prefix="") == load_config(FIXTURES / "gemma3")
+    model = weights.load(tmp_path, LoadFormat.AUTO, config, "float32", model_mesh(1), 0, lambda done, total: None)
+    assert error(naive_logits(*model, prompts("gemma3")[1]), reference("gemma3")["logits1"]) < 1e-4
+
+
 def test_every_feature_of_the_fixtures_is_on() -> None:
     """What a fixture is for can be seen in its config, so a fixture that lost it would be noticed."""
     configs = {name: load_config(FIXTURES / name) for name in NAMES}
@@ -120,9 +146,15 @@ def test_every_feature_of_the_fixtures_is_on() -> None:
     assert configs["qwen2"].attention_bias and configs["qwen2"].windows == (None, None)
     assert configs["qwen2_window"].windows == (None, 8)
     assert configs["qwen3"].qk_norm and configs["qwen3"].tied_embeddings
+    gemma2, gemma3 = configs["gemma2"], configs["gemma3"]
+    assert (
+        gemma2.windows == gemma3.windows == (8, None) and gemma2.attention_scale == gemma3.attention_scale == 20**-0.5
+    )
+    assert gemma2.attention_soft_cap == 5 and gemma2.logit_soft_cap == 30 and gemma3.attention_soft_cap is None
+    assert gemma3.rope.factor == 8 and gemma3.local_rope is not None and gemma3.local_rope.theta == 1e4
     assert (FIXTURES / "qwen3" / "model.safetensors.index.json").is_file()
     assert all(config.eos_token_ids == {2} and config.bos_token_id == 1 for config in configs.values())
-    assert sum(path.stat().st_size for path in FIXTURES.rglob("*")) < 3_000_000
+    assert sum(path.stat().st_size for path in FIXTURES.rglob("*")) < 300_000 * len(NAMES)
 
 
 def test_rope_frequencies_do_not_depend_on_the_device() -> None:

@@ -57,6 +57,7 @@ def refused(folder: Path, family: str = "Llama", **changes: Any) -> str:
         ({"architectures": ABSENT}, "architectures must be a list"),
         ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, "auto_map"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_act": ["silu"]}, "hidden_act ['silu']"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias"),
@@ -185,7 +186,7 @@ JSON = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    family=st.sampled_from(["Llama", "Mistral", "Qwen2", "Qwen3"]),
+    family=st.sampled_from(["Gemma2", "Gemma3", "Llama", "Mistral", "Qwen2", "Qwen3"]),
     changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4),
 )
 def test_any_json_gives_a_sound_config_or_a_config_error(
@@ -219,6 +220,24 @@ def test_experts(tmp_path: Path) -> None:
     assert "5 experts" in refused(tmp_path, "Mixtral", num_experts_per_tok=5, num_local_experts=4)
     assert "mlp_only_layers" in refused(tmp_path, "Qwen3Moe", mlp_only_layers=[7])
     assert "differ" in refused(tmp_path, "Qwen3Moe", num_experts=4, num_local_experts=6)
+
+
+def test_gemma(tmp_path: Path) -> None:
+    two = read(tmp_path, "Gemma2", hidden_act="gelu_pytorch_tanh", cache_implementation="hybrid")
+    assert two.windows == (4096, None) and (two.attention_soft_cap, two.logit_soft_cap) == (50, 30)
+    assert two.tied_embeddings and two.head_dim == 256 and two.activation == "gelu_tanh" and two.local_rope is None
+    assert two.rule(0).scale == 1 / 16 and two.rule(1).soft_cap == 50
+    assert read(tmp_path, "Gemma2", final_logit_softcapping=None).logit_soft_cap is None
+    many = {"num_hidden_layers": 7, "sliding_window": 512}
+    three = read(tmp_path, "Gemma3", rope_local_base_freq=1e3, sliding_window_pattern=3, **many)
+    assert three.windows == (512, 512, None, 512, 512, None, 512) and three.attention_soft_cap is None
+    assert three.local_rope is not None and (three.rope.theta, three.local_rope.theta) == (1e6, 1e3)
+    assert read(tmp_path, "Gemma3", **many).windows == (512,) * 5 + (None, 512)
+    scaled = read(tmp_path, "Gemma3", rope_scaling={"rope_type": "linear", "factor": 8})
+    assert scaled.local_rope is not None and (scaled.rope.factor, scaled.local_rope.factor) == (8, 1)
+    assert "use_bidirectional" in refused(tmp_path, "Gemma3", use_bidirectional_attention=True)
+    assert "attn_logit_softcapping" in refused(tmp_path, "Gemma2", attn_logit_softcapping=0)
+    assert "rope_parameters must have" in refused(tmp_path, "Gemma3", rope_parameters={"rope_type": "default"})
 
 
 def test_phi3(tmp_path: Path) -> None:
