@@ -23,7 +23,15 @@ import machine
 import numpy as np
 from tqdm import tqdm
 
-from jmemserve.config import AttentionBackend, ClusterSpec, EngineConfig, LoadFormat, SwapPolicy, parse_mesh
+from jmemserve.config import (
+    AttentionBackend,
+    ClusterSpec,
+    EngineConfig,
+    LoadFormat,
+    Quantization,
+    SwapPolicy,
+    parse_mesh,
+)
 from jmemserve.devices import arrange_cpu_devices
 from jmemserve.engine.build import read_model_config, resolve_dtype
 from jmemserve.engine.cluster import Cluster
@@ -97,6 +105,7 @@ def main() -> None:
         model=args.config,
         load_format=LoadFormat.DUMMY,
         dtype=args.dtype,
+        quantization=Quantization(args.quantization),
         attention=AttentionBackend(args.attention),
         max_model_len=max(longest, args.context) + args.new_tokens,
         kv_cache_tokens=-(-room // 16) * 16 + 1024,
@@ -126,19 +135,22 @@ def main() -> None:
     driver.cluster.stop()
     bandwidth, rate = float(np.median(bandwidths)), float(np.median(rates))
     weights, kv_per_token = count_weights(config), 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    head = config.hidden_size * config.vocab_size  # never quantized
+    weight_bytes = item * head + (item if config.quantized is None else 1) * (weights - head)
     rows = []
     for length, seconds in prefill.items():
         flop = 2 * weights * length + 2 * length**2 * config.num_heads * config.head_dim * config.num_layers
         rows.append(("prefill", length, length / float(np.median(seconds)), rate / (flop / length)))
     for batch, speeds in decode.items():
         mean_context = args.context + args.new_tokens / 2
-        limit = batch * bandwidth / (item * (weights + batch * mean_context * kv_per_token))
+        limit = batch * bandwidth / (weight_bytes + item * batch * mean_context * kv_per_token)
         rows.append(("decode", batch, float(np.median(speeds)), limit))
     first = [] if args.skip_cached else cached_prompts(engine, longest, args.repeats)
     results = {
         **machine.about(),
         "model": args.config,
         "dtype": dtype,
+        "quantization": config.quantized.kind if config.quantized else None,
         "attention": args.attention,
         "bandwidth_gb_s": bandwidth / 1e9,
         "matmul_gflop_s": rate / 1e9,
@@ -212,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(HERE / "configs" / "llama-125m"))
     parser.add_argument("--dtype", default="auto", help="as of the server: float32 on CPU")
+    parser.add_argument("--quantization", default="auto", choices=[kind.value for kind in Quantization])
     parser.add_argument("--attention", default="auto", choices=[backend.value for backend in AttentionBackend])
     parser.add_argument("--prompts", type=int, nargs="+", default=[1024], help="tokens of the prefill tests")
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of each decoding sequence")

@@ -69,6 +69,14 @@ class AttentionBackend(enum.Enum):
     REFERENCE = "reference"  # the plainest way, for comparisons: slow
 
 
+class Quantization(enum.Enum):
+    """What the weights of products are rounded to, row by row."""
+
+    AUTO = "auto"  # as the checkpoint has them
+    INT8 = "int8"
+    FP8 = "fp8"  # float8_e4m3fn
+
+
 class BlockLayout(enum.Enum):
     """How the pages of all layers lie in device memory (paper section 5.2)."""
 
@@ -155,6 +163,7 @@ class EngineConfig:
     model: str = "demo"  # "demo", a Hugging Face folder, or a folder written by jmemserve.convert
     load_format: LoadFormat = LoadFormat.AUTO
     dtype: str = "auto"  # auto, float32, bfloat16
+    quantization: Quantization = Quantization.AUTO
     seed: int = 0  # of dummy weights, and of requests that name none
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the checkpoint allows
     block_size: int = 16  # tokens per block

@@ -113,6 +113,7 @@ def _stored_dtype(folder: Path) -> str:
     """The type that holds every stored weight exactly."""
     on_disk = weights.detect(folder)
     found = saved_dtypes(folder) if on_disk is LoadFormat.ORBAX else Checkpoint(folder).dtypes()
+    found &= {"float32", "bfloat16", "float16"}  # what is quantized keeps its own type
     return found.pop() if len(found) == 1 else "float32"
 
 

@@ -15,6 +15,7 @@ from jmemserve.config import (
     EngineConfig,
     InstanceSpec,
     LoadFormat,
+    Quantization,
     Role,
     SwapPolicy,
     Switch,
@@ -81,6 +82,11 @@ def read_model_config(engine: EngineConfig) -> ModelConfig:
             f"--max-model-len {engine.max_model_len} is more than the {config.max_model_len} positions that the "
             "checkpoint was made for"
         )
+    if engine.quantization is not Quantization.AUTO:
+        try:
+            config = config.round_weights(engine.quantization.value)
+        except ConfigError as error:
+            raise ConfigError(f"--quantization {engine.quantization.value}: {error}") from None
     return config
 
 
@@ -124,8 +130,9 @@ def build(
     mesh = make_mesh(spec, num_devices)
     dtype = resolve_dtype(engine, config)
     attention = _choose_attention(engine, config, mesh, dtype, report)
-    with report.phase(f"{spec.name}: weights ({weights.num_bytes(config, dtype) / 1e6:,.1f} MB {dtype})"):
-        bar = report.bar(f"{spec.name}: weights", weights.num_bytes(config, dtype), "B")
+    kind = dtype if config.quantized is None else f"{config.quantized.kind}, others {dtype}"
+    with report.phase(f"{spec.name}: weights ({weights.num_bytes(config, dtype) / 1e6:,.1f} MB {kind})"):
+        bar = report.bar(f"{spec.name}: weights", weights.num_bytes(config.stored, dtype), "B")
         done = 0
 
         def progress(now: int, total: int) -> None:
@@ -244,7 +251,8 @@ def _choose_attention(engine: EngineConfig, config: ModelConfig, mesh: Mesh, dty
 def model_identity(engine: EngineConfig, config: ModelConfig, dtype: str) -> str:
     """Equal for instances whose keys and values can stand for each other."""
     weights_of = f"{engine.load_format.value}-{engine.seed}" if engine.load_format is LoadFormat.DUMMY else "checkpoint"
-    return f"{model_folder(engine).resolve().name}/{weights_of}/{config.num_layers}x{config.hidden_size}/{dtype}"
+    kind = dtype if config.quantized is None else f"{dtype}-{config.quantized.kind}"
+    return f"{model_folder(engine).resolve().name}/{weights_of}/{config.num_layers}x{config.hidden_size}/{kind}"
 
 
 def model_facts(engine: EngineConfig, config: ModelConfig) -> tuple[tuple[str, str], ...]:

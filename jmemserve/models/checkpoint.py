@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (teaches numpy bfloat16, which safetensors needs)
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -15,7 +15,11 @@ from jmemserve.models.fields import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_NARROW = {"I8": "int8", "F8_E4M3": "float8_e4m3fn"}
+_TYPES = _FLOATS | _NARROW
+if not hasattr(np, "float8_e4m3fn"):  # safetensors looks for the type there, as it does for those that numpy has
+    np.float8_e4m3fn = ml_dtypes.float8_e4m3fn  # type: ignore[attr-defined]
 # Tensors that some checkpoints carry and that are derived from config.json.
 _DERIVED = ("rotary_emb.inv_freq", "attention.masked_bias", "attn.bias")
 
@@ -57,8 +61,8 @@ class Checkpoint:
 
         Tensors without the prefix are of other models.
         """
-        wanted = {source.name: source for weight in weights.values() for source in weight.sources}
-        for name, source in wanted.items():
+        wanted = {source.name: (source, weight.dtype) for weight in weights.values() for source in weight.sources}
+        for name, (source, dtype) in wanted.items():
             shape = list(source.tensor_shape)
             if name not in self._homes:
                 raise CheckpointError(
@@ -70,9 +74,10 @@ class Checkpoint:
                     f"{self._homes[name]}: tensor {name!r} has shape {list(piece.get_shape())}, but config.json makes "
                     f"it {shape}; the two files do not belong together"
                 )
-            if piece.get_dtype() not in _TYPES:
+            good = [kind for kind, name in _NARROW.items() if name == dtype] or list(_FLOATS)
+            if piece.get_dtype() not in good:
                 raise CheckpointError(
-                    f"{self._homes[name]}: tensor {name!r} has type {piece.get_dtype()}, not one of {', '.join(_TYPES)}"
+                    f"{self._homes[name]}: tensor {name!r} has type {piece.get_dtype()}, not one of {', '.join(good)}"
                 )
         extra = sorted(
             name

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from jmemserve.errors import ConfigError
 from jmemserve.kernels.rule import Rule
 from jmemserve.models.fields import is_whole, read_json, take_count, take_flag, take_ids, take_positive
+from jmemserve.models.quantized import Quantized, take_quantized
 from jmemserve.models.rope import RopeConfig, take_rope
 
 
@@ -57,6 +58,7 @@ class ModelConfig:
     experts: Experts | None = None
     tensor_prefix: str = ""  # of the model's tensors, where the checkpoint holds other models beside it
     fused_tensors: bool = False  # the checkpoint has queries, keys and values in one tensor, and both inner halves too
+    quantized: Quantized | None = None
     dtype: str = "float32"  # of the checkpoint
     eos_token_ids: frozenset[int] = frozenset()  # union of config.json and generation_config.json
     bos_token_id: int | None = None
@@ -64,6 +66,24 @@ class ModelConfig:
     def rule(self, layer: int) -> Rule:
         """How a layer's tokens attend."""
         return Rule(self.attention_scale or self.head_dim**-0.5, self.windows[layer], self.attention_soft_cap)
+
+    def round_weights(self, kind: str) -> "ModelConfig":
+        """The same model with weights of a kind of quantized.DTYPES.
+
+        Raises ConfigError if those of the checkpoint are of another kind.
+        """
+        if self.quantized is None:
+            return dataclasses.replace(self, quantized=Quantized(kind, stored=False))
+        if self.quantized.kind != kind:
+            raise ConfigError(f"the checkpoint's weights are {self.quantized.kind} already, and cannot become {kind}")
+        return self
+
+    @property
+    def stored(self) -> "ModelConfig":
+        """The model as the checkpoint has it: without a rounding that is done while it is loaded."""
+        if self.quantized is None or self.quantized.stored:
+            return self
+        return dataclasses.replace(self, quantized=None)
 
     @property
     def expert_size(self) -> int:
@@ -176,6 +196,7 @@ def _parse(raw: dict[str, Any], more_eos: frozenset[int]) -> ModelConfig:
         "max_model_len": take_count(raw, "max_position_embeddings"),
         "windows": (None,) * layers,
         "tensor_prefix": prefix,
+        "quantized": take_quantized(raw),
         "dtype": _take_dtype(raw),
         "eos_token_ids": take_ids(raw, "eos_token_id") | more_eos,
         "bos_token_id": bos if is_whole(bos) else None,

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jmemserve.models.config import ModelConfig
 from jmemserve.models.describe import Weight, describe_layer, describe_top
-from jmemserve.models.moe import mixture
+from jmemserve.models.moe import Matrices, mixture
 from jmemserve.models.ops import Cache, Ops, Project, project
 from jmemserve.models.rope import RopeConfig
 
@@ -45,7 +45,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Layer(nnx.Module):
-    """Attention and feed-forward, each added to the stream."""
+    """Attention and feed-forward, each added to the stream. A quantized weight has its scales beside it: qkv_scale."""
 
     attention_norm: nnx.Param
     qkv: nnx.Param
@@ -83,7 +83,7 @@ class Layer(nnx.Module):
         c, t = self.config, x.shape[1]
         group, heads = c.group, c.head_dim
         normed = rms_norm(c, self.attention_norm, x)
-        qkv = ops.project(self.qkv[...].reshape(-1, c.hidden_size), normed).astype(x.dtype)
+        qkv = self._product("qkv", normed, ops).astype(x.dtype)
         qkv = qkv.reshape(c.num_kv_heads, group + 2, heads, t)  # K G+2 H T
         if c.attention_bias:
             qkv = qkv + self.qkv_bias[...][..., None].astype(qkv.dtype)
@@ -95,18 +95,27 @@ class Layer(nnx.Module):
         q = q.transpose(3, 0, 1, 2).reshape(t, c.num_heads, heads)  # T N H
         k, v = k[:, 0].transpose(2, 0, 1), v.transpose(2, 0, 1)  # T K H
         out, cache = ops.attend(cache, self.index, q, k, v, c.rule(self.index))
-        out = ops.project(self.out[...].reshape(c.hidden_size, -1), out.reshape(t, -1).T)
-        return out.astype(x.dtype), cache
+        return self._product("out", out.reshape(t, -1).T, ops).astype(x.dtype), cache
+
+    def _product(self, name: str, x: jax.Array, ops: Ops) -> jax.Array:
+        """Of a weight [..., in] with x [in, T]: f32[out, T]."""
+        out, scale = ops.project(getattr(self, name)[...].reshape(-1, x.shape[0]), x), self._scale(name)
+        return out if scale is None else out * scale.reshape(-1, 1)
+
+    def _scale(self, name: str) -> jax.Array | None:
+        """Of a weight's rows, if it is quantized."""
+        param = getattr(self, f"{name}_scale", None)
+        return None if param is None else param[...]
 
     def _feed_forward(self, x: jax.Array, ops: Ops) -> jax.Array:
         c, t = self.config, x.shape[1]
         normed = rms_norm(c, self.feed_forward_norm, x)
         if c.experts is not None and self.index in c.experts.layers:
-            weights = self.router[...], self.experts_gate_up[...], self.experts_down[...]
-            return mixture(c.experts, *weights, normed, ops)
-        both = ops.project(self.gate_up[...].reshape(-1, c.hidden_size), normed).astype(x.dtype)
-        both = both.reshape(c.intermediate_size, 2, t)
-        return ops.project(self.down[...], ACTIVATIONS[c.activation](both[:, 0]) * both[:, 1]).astype(x.dtype)
+            inner = Matrices(self.experts_gate_up[...], self._scale("experts_gate_up"))
+            outer = Matrices(self.experts_down[...], self._scale("experts_down"))
+            return mixture(c.experts, self.router[...], inner, outer, normed, ops)
+        both = self._product("gate_up", normed, ops).astype(x.dtype).reshape(c.intermediate_size, 2, t)
+        return self._product("down", ACTIVATIONS[c.activation](both[:, 0]) * both[:, 1], ops).astype(x.dtype)
 
 
 class Decoder(nnx.Module):

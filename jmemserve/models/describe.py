@@ -48,6 +48,8 @@ class Weight:
     axes: tuple[str | None, ...]  # logical, one per dimension
     sources: tuple[Source, ...]
     init: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = None  # None: ones
+    inputs: int = 0  # trailing axes that a product sums over, if the weight may be quantized
+    dtype: str | None = None  # None: the model's
 
     def spec(self, sizes: dict[str, int]) -> tuple[str | None, ...]:
         """Mesh axis per dimension for a mesh with these axis sizes. Raises ConfigError if it does not divide."""
@@ -70,9 +72,33 @@ def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.standard_normal(shape, np.float32) * np.float32(0.02)
 
 
-def _plain(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init=_normal) -> Weight:
+def _plain(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init=_normal, inputs: int = 0) -> Weight:
     """A weight that is one tensor of the checkpoint as it is."""
-    return Weight(shape, axes, (Source(name, shape, shape, (slice(None),) * len(shape)),), init)
+    return Weight(shape, axes, (Source(name, shape, shape, (slice(None),) * len(shape)),), init, inputs)
+
+
+def _rounded(weights: dict[str, Weight], dtype: str) -> dict[str, Weight]:
+    """The same weights, those of products in ``dtype``, each with its scales behind it."""
+    found: dict[str, Weight] = {}
+    for name, weight in weights.items():
+        if not weight.inputs:
+            found[name] = weight
+            continue
+        found[name] = dataclasses.replace(weight, dtype=dtype)
+        outer = len(weight.shape) - weight.inputs
+        sources = tuple(
+            dataclasses.replace(
+                source,
+                name=f"{source.name}_scale",
+                shape=(source.shape[0], 1),
+                split=(*source.split[: -weight.inputs], 1),
+                part=(*source.part[:outer], slice(None)),
+            )
+            for source in weight.sources
+        )
+        shape, axes = (*weight.shape[:outer], 1), (*weight.axes[:outer], None)
+        found[f"{name}_scale"] = Weight(shape, axes, sources, dtype="float32")
+    return found
 
 
 def _fuse(name: str, sources: tuple[Source, ...]) -> tuple[Source, ...]:
@@ -126,16 +152,17 @@ def describe_layer(config: ModelConfig, index: int) -> dict[str, Weight]:
         gate_up = _fuse(f"{base}.mlp.gate_up_proj.weight", gate_up)
     weights = {
         "attention_norm": _plain(f"{base}.input_layernorm.weight", (d,), (None,), init=None),
-        "qkv": Weight((k, g + 2, h, d), ("kv_heads", None, None, None), qkv, _normal),
+        "qkv": Weight((k, g + 2, h, d), ("kv_heads", None, None, None), qkv, _normal, inputs=1),
         "out": Weight(
             (d, k, g, h),
             (None, "kv_heads", None, None),
             (Source(f"{base}.self_attn.o_proj.weight", (d, k * g * h), (d, k, g, h), (every,) * 4),),
             _normal,
+            inputs=3,
         ),
         "feed_forward_norm": _plain(f"{base}.post_attention_layernorm.weight", (d,), (None,), init=None),
-        "gate_up": Weight((f, 2, d), ("ffn", None, None), gate_up, _normal),
-        "down": _plain(f"{base}.mlp.down_proj.weight", (d, f), (None, "ffn")),
+        "gate_up": Weight((f, 2, d), ("ffn", None, None), gate_up, _normal, inputs=1),
+        "down": _plain(f"{base}.mlp.down_proj.weight", (d, f), (None, "ffn"), inputs=1),
     }
     if c.experts is not None and index in c.experts.layers:
         del weights["gate_up"], weights["down"]
@@ -154,7 +181,7 @@ def describe_layer(config: ModelConfig, index: int) -> dict[str, Weight]:
         weights |= {
             ours: _plain(f"{base}.{name}_layernorm.weight", (d,), (None,), init=None) for ours, name in names.items()
         }
-    return weights
+    return weights if c.quantized is None else _rounded(weights, c.quantized.dtype)
 
 
 def _experts(config: ModelConfig, experts: Experts, base: str) -> dict[str, Weight]:
@@ -170,8 +197,8 @@ def _experts(config: ModelConfig, experts: Experts, base: str) -> dict[str, Weig
     outer = [Source(down.format(expert), (d, f), (d, f), (expert, every, every)) for expert in range(e)]
     return {
         "router": _plain(router, (e, d), ("experts", None)),
-        "experts_gate_up": Weight((e, f, 2, d), ("experts", "ffn", None, None), tuple(halves), _normal),
-        "experts_down": Weight((e, d, f), ("experts", None, "ffn"), tuple(outer), _normal),
+        "experts_gate_up": Weight((e, f, 2, d), ("experts", "ffn", None, None), tuple(halves), _normal, inputs=1),
+        "experts_down": Weight((e, d, f), ("experts", None, "ffn"), tuple(outer), _normal, inputs=1),
     }
 
 

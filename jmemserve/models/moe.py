@@ -8,6 +8,8 @@ that somebody goes to.
                        |tile 0|tile 1|t2|tile 3        written again by the tiles that they belong to
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,12 +20,24 @@ from jmemserve.models.ops import Ops
 TILE = 64  # pairs
 
 
+class Matrices(NamedTuple):
+    """One per expert."""
+
+    values: jax.Array  # [E, ..., in]
+    scale: jax.Array | None  # [E, ..., 1], if they are quantized
+
+    def product(self, expert: jax.Array, x: jax.Array, used: jax.Array, ops: Ops) -> jax.Array:
+        """Of one expert's [..., in] with the first columns of x [in, T]: f32[out, T]."""
+        out = ops.project_first(self.values[expert].reshape(-1, x.shape[0]), x, used)
+        return out if self.scale is None else out * self.scale[expert].reshape(-1, 1)
+
+
 def mixture(
-    experts: Experts, router: jax.Array, gate_up: jax.Array, down: jax.Array, x: jax.Array, ops: Ops
+    experts: Experts, router: jax.Array, gate_up: Matrices, down: Matrices, x: jax.Array, ops: Ops
 ) -> jax.Array:
     """router [E, D], gate_up [E, F, 2, D], down [E, D, F], x [D, T] -> [D, T]."""
     width, tokens = x.shape
-    k, inner = experts.per_token, gate_up.shape[1]
+    k, inner = experts.per_token, gate_up.values.shape[1]
     scores = jax.nn.softmax(ops.project(router, x).T, axis=-1)  # T E
     share, chosen = lax.top_k(scores, k)  # T k
     if experts.renormalise:
@@ -42,9 +56,8 @@ def mixture(
         nth = item - (ends - tiles)[expert]
         start, here = starts[expert] + nth * tile, jnp.minimum(counts[expert] - nth * tile, tile)
         given = lax.dynamic_slice_in_dim(columns, start, tile, axis=1)
-        both = ops.project_first(gate_up[expert].reshape(2 * inner, width), given, here).astype(x.dtype)
-        both = both.reshape(inner, 2, tile)
-        made = ops.project_first(down[expert], jax.nn.silu(both[:, 0]) * both[:, 1], here)
+        both = gate_up.product(expert, given, here, ops).astype(x.dtype).reshape(inner, 2, tile)
+        made = down.product(expert, jax.nn.silu(both[:, 0]) * both[:, 1], here, ops)
         return lax.dynamic_update_slice_in_dim(out, made, start, axis=1)
 
     out = lax.fori_loop(0, ends[-1], one_tile, jnp.zeros((width, pairs + tile), jnp.float32))

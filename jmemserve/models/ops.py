@@ -17,8 +17,8 @@ ProjectFirst = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # the sam
 
 
 def project(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """[out, in] x [in, T] -> f32[out, T], summed in float32."""
-    return jnp.einsum("nk,kt->nt", weight, x, preferred_element_type=jnp.float32)
+    """[out, in] x [in, T] -> f32[out, T], summed in float32. A quantized weight takes the columns' type, exactly."""
+    return jnp.einsum("nk,kt->nt", weight.astype(x.dtype), x, preferred_element_type=jnp.float32)
 
 
 def project_first(weight: jax.Array, x: jax.Array, used: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Filling a model: from safetensors, from Orbax, or from a seed, each array made where its shards live."""
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from jmemserve.models.config import ModelConfig
 from jmemserve.models.decoder import Decoder
 from jmemserve.models.describe import Weight, describe
 from jmemserve.models.orbax_io import has_orbax, restore_orbax
+from jmemserve.models.quantized import quantize
 
 Progress = Callable[[int, int], None]  # (bytes so far, bytes in all)
 Model = tuple[nnx.GraphDef, nnx.State]
@@ -40,7 +42,7 @@ def load(
     if form is LoadFormat.AUTO:
         form = detect(folder)
     if form is LoadFormat.DUMMY:
-        return init_dummy(config, dtype, mesh, seed, progress)
+        return init_dummy(_unrounded(config), dtype, mesh, seed, progress)
     if form is LoadFormat.ORBAX:
         return load_orbax(folder, config, dtype, mesh, progress)
     return load_safetensors(folder, config, dtype, mesh, progress)
@@ -57,6 +59,13 @@ def detect(folder: Path) -> LoadFormat:
     )
 
 
+def _unrounded(config: ModelConfig) -> ModelConfig:
+    """The same model for weights that do not come from its checkpoint: they are floats, and rounded if its are."""
+    if config.quantized is None:
+        return config
+    return dataclasses.replace(config, quantized=dataclasses.replace(config.quantized, stored=False))
+
+
 def init_dummy(config: ModelConfig, dtype: str, mesh: Mesh, seed: int, progress: Progress) -> Model:
     """Small random weights that depend on the seed and the weight's path alone, not on the mesh."""
 
@@ -65,7 +74,7 @@ def init_dummy(config: ModelConfig, dtype: str, mesh: Mesh, seed: int, progress:
             whole = np.ones(weight.shape, np.float32)
         else:
             whole = weight.init(np.random.default_rng((seed, zlib.crc32(path.encode()))), weight.shape)
-        whole = whole.astype(jnp.dtype(dtype))
+        whole = whole.astype(jnp.dtype(weight.dtype or dtype))
         return jax.make_array_from_callback(weight.shape, sharding, lambda index: whole[index])
 
     return build(config, dtype, mesh, make, progress)
@@ -74,10 +83,10 @@ def init_dummy(config: ModelConfig, dtype: str, mesh: Mesh, seed: int, progress:
 def load_safetensors(folder: Path, config: ModelConfig, dtype: str, mesh: Mesh, progress: Progress) -> Model:
     """Weights from *.safetensors: only the slices that a shard needs are read, one weight at a time."""
     checkpoint = Checkpoint(folder)
-    checkpoint.check(describe(config), config.tied_embeddings, config.tensor_prefix)
+    checkpoint.check(describe(config.stored), config.tied_embeddings, config.tensor_prefix)
 
     def make(path: str, weight: Weight, sharding: NamedSharding) -> jax.Array:
-        wanted = jnp.dtype(dtype)
+        wanted = jnp.dtype(weight.dtype or dtype)
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None, path
@@ -90,11 +99,13 @@ def load_safetensors(folder: Path, config: ModelConfig, dtype: str, mesh: Mesh, 
 
 def load_orbax(folder: Path, config: ModelConfig, dtype: str, mesh: Mesh, progress: Progress) -> Model:
     """Weights from ``folder``/orbax, as jmemserve.convert writes it."""
-    weights, sizes = describe(config), dict(mesh.shape)
-    target = {
-        name: jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, P(*weight.spec(sizes))))
-        for name, weight in weights.items()
-    }
+    weights, sizes = describe(config.stored), dict(mesh.shape)
+
+    def like(weight: Weight) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, P(*weight.spec(sizes)))
+        return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(weight.dtype or dtype), sharding=sharding)
+
+    target = {name: like(weight) for name, weight in weights.items()}
     restored = restore_orbax(folder, weights, target)
     return build(config, dtype, mesh, lambda path, weight, sharding: restored.pop(path), progress)
 
@@ -112,16 +123,24 @@ def build(
     make: Callable[[str, Weight, NamedSharding], jax.Array],
     progress: Progress,
 ) -> Model:
-    """Make every array with ``make`` and put them into the module."""
-    total, done = num_bytes(config, dtype), 0
+    """Make every array with ``make``, as the checkpoint has it; round it if need be; and put it into the module."""
+    stored, ours = describe(config.stored), describe(config)
+    total, done = num_bytes(config.stored, dtype), 0
     sizes = dict(mesh.shape)
-    for weight in describe(config).values():
-        weight.spec(sizes)  # refuse a mesh that does not fit before anything is read
+    # Made first, so that a mesh that does not fit is refused before anything is read.
+    shardings = {path: NamedSharding(mesh, P(*weight.spec(sizes))) for path, weight in ours.items()}
+    scales: dict[str, jax.Array] = {}  # of the weight that was rounded last
 
     def param(path: str, weight: Weight) -> nnx.Param:
         nonlocal done
-        array = make(path, weight, NamedSharding(mesh, P(*weight.spec(sizes))))
-        done += _bytes(weight, dtype)
+        if path in scales:
+            return nnx.Param(scales.pop(path))
+        array = make(path, stored[path], shardings[path])
+        if weight.dtype != stored[path].dtype:
+            assert weight.dtype is not None, path
+            scale = f"{path}_scale"
+            array, scales[scale] = quantize(array, weight.inputs, weight.dtype, (shardings[path], shardings[scale]))
+        done += _bytes(stored[path], dtype)
         progress(done, total)
         return nnx.Param(array)
 
@@ -130,4 +149,4 @@ def build(
 
 
 def _bytes(weight: Weight, dtype: str) -> int:
-    return math.prod(weight.shape) * jnp.dtype(dtype).itemsize
+    return math.prod(weight.shape) * jnp.dtype(weight.dtype or dtype).itemsize

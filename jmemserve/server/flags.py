@@ -23,6 +23,7 @@ from jmemserve.config import (
     LoadFormat,
     Policy,
     PromptTrees,
+    Quantization,
     Role,
     SwapPolicy,
     Switch,
@@ -125,6 +126,9 @@ _ENGINE = (
     _engine_flag("model", str, "'demo', a Hugging Face folder, or a folder written by jmemserve.convert"),
     _engine_flag("load_format", LoadFormat, "where weights come from; dummy: random, for benchmarks"),
     _engine_flag("dtype", str, "of weights and KV: auto, float32 or bfloat16"),
+    _engine_flag(
+        "quantization", Quantization, "round weights to 8 bits while loading; auto: as the checkpoint has them"
+    ),
     _engine_flag("seed", int, "of dummy weights, and of requests that name no seed"),
     _engine_flag("max_model_len", int, "tokens of prompt and output together; default: what the checkpoint allows"),
     _engine_flag("block_size", int, "tokens per KV block"),

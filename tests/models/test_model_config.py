@@ -49,6 +49,14 @@ def refused(folder: Path, family: str = "Llama", **changes: Any) -> str:
     return sentence
 
 
+def rounded(**weights: Any) -> dict[str, Any]:
+    """A quantization_config as llm-compressor writes it."""
+    given = {"num_bits": 8, "strategy": "channel", "symmetric": True, "type": "int", "group_size": None} | weights
+    activations = {"num_bits": 8, "dynamic": True, "strategy": "token"}
+    group = {"input_activations": activations, "output_activations": None, "targets": ["Linear"], "weights": given}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "kv_cache_scheme": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -60,6 +68,14 @@ def refused(folder: Path, family: str = "Llama", **changes: Any) -> str:
         ({"hidden_act": ["silu"]}, "hidden_act ['silu']"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "only quant_method 'compressed-tensors'"),
+        ({"quantization_config": rounded(num_bits=4)}, "weights of num_bits 4"),
+        ({"quantization_config": rounded(strategy="group")}, "weights of strategy 'group'"),
+        ({"quantization_config": rounded(symmetric=False)}, "weights of symmetric False"),
+        ({"quantization_config": rounded(type="nf4")}, "weights of type 'nf4'"),
+        ({"quantization_config": rounded() | {"kv_cache_scheme": {"num_bits": 8}}}, "kv_cache_scheme"),
+        ({"quantization_config": rounded() | {"sparsity_config": {"format": "2:4"}}}, "sparsity"),
+        ({"quantization_config": rounded() | {"config_groups": {}}}, "config_groups must be one group"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"logit_scale": 0.5}, "field 'logit_scale' with value 0.5 is not supported for llama"),
@@ -220,6 +236,21 @@ def test_experts(tmp_path: Path) -> None:
     assert "5 experts" in refused(tmp_path, "Mixtral", num_experts_per_tok=5, num_local_experts=4)
     assert "mlp_only_layers" in refused(tmp_path, "Qwen3Moe", mlp_only_layers=[7])
     assert "differ" in refused(tmp_path, "Qwen3Moe", num_experts=4, num_local_experts=6)
+
+
+def test_quantized(tmp_path: Path) -> None:
+    whole = read(
+        tmp_path, quantization_config=rounded() | {"ignore": ["lm_head"], "sparsity_config": {"format": "dense"}}
+    )
+    assert whole.quantized is not None and whole.stored == whole
+    assert (whole.quantized.kind, whole.quantized.dtype, whole.quantized.stored) == ("int8", "int8", True)
+    small = read(tmp_path, quantization_config=rounded(type="float"))
+    assert small.quantized is not None and small.quantized.dtype == "float8_e4m3fn"
+    assert small.round_weights("fp8") == small
+    with pytest.raises(ConfigError, match="weights are fp8 already, and cannot become int8"):
+        small.round_weights("int8")
+    plain = read(tmp_path)
+    assert plain.round_weights("int8").stored == plain != plain.round_weights("int8")
 
 
 def test_gemma(tmp_path: Path) -> None:

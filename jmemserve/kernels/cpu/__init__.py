@@ -76,9 +76,11 @@ def project(weight: jax.Array, x: jax.Array, used: jax.Array | None = None, *, i
     """[out, in] x [in, T] -> f32[out, T], summed in float32.
 
     Of the T columns only the first ``used`` (i32[]) are computed, the others are 0. weight: float32, bfloat16, or int8
-    (then without its scales); x: float32 or bfloat16.
+    (then without its scales), and what else has 8 bits becomes x's type first; x: float32 or bfloat16.
     """
     load()
+    if weight.dtype.itemsize == 1 and weight.dtype != jnp.int8:
+        weight = weight.astype(x.dtype)
     call = jax.ffi.ffi_call("jmemserve_product", jax.ShapeDtypeStruct((weight.shape[0], x.shape[1]), jnp.float32))
     none = jnp.zeros(0, jnp.float32)
     count = jnp.zeros(0, jnp.int32) if used is None else used.reshape(1)
