@@ -94,6 +94,7 @@ def test_products(isa: str, columns: int, rows: int, depth: int) -> None:
         ("bfloat16", "bfloat16"),
         ("bfloat16", "float32"),
         ("int8", "float32"),
+        ("int8", "bfloat16"),
     ):
         x = plain.astype(jnp.dtype(x_dtype))
         weight = rng.normal(size=(rows, depth)) * (30 if dtype == "int8" else 1)

@@ -13,7 +13,7 @@ namespace {
 #include "attention.inc"
 #include "narrow.inc"
 
-const Narrow kNarrow = {narrow_few, narrow_many, narrow_columns, narrow_panel};
+const Narrow kNarrow = {narrow_few, narrow_many, narrow_columns, narrow_panel, narrow_widen};
 }  // namespace
 
 extern const Kernels kAvx512bf16 = {"avx512bf16",      product_few, product_many, pack_panel, pack_columns,

@@ -232,7 +232,9 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::Buffer<ffi:
   float* packed = scratch(few ? columns * padded : panels * kernels->panel * padded);
   auto first_of = [&](int64_t i) { return at(w, type, i * piece * depth); };
   auto count_of = [&](int64_t i) { return std::min(piece, rows - i * piece); };
-  if (const Narrow* narrow = scale || x_type != Type::kBfloat16 || type != x_type ? nullptr : kernels->narrow) {
+  // A few columns of int8 wait for memory, not for arithmetic: nothing is gained by widening.
+  bool narrow_type = type == Type::kBfloat16 || (type == Type::kInt8 && columns > 8);
+  if (const Narrow* narrow = !scale && x_type == Type::kBfloat16 && narrow_type ? kernels->narrow : nullptr) {
     auto* from = (const Bfloat16*)columns_of;
     auto* to = (Bfloat16*)packed;
     int64_t panel = kernels->panel * ceil_div(depth, 2) * 2;
@@ -242,9 +244,20 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::Buffer<ffi:
         narrow->pack_panel(from, stride, i * kernels->panel, columns, depth, to + i * panel);
       });
     parallel(pool, pieces, [&](int64_t i) {
-      auto* own = (const Bfloat16*)first_of(i);
-      if (few) narrow->few(own, to, padded, out + i * piece * stride, stride, count_of(i), columns, depth);
-      else narrow->many(own, to, out + i * piece * stride, stride, count_of(i), columns, depth);
+      auto some = [&](const Bfloat16* own, int64_t first, int64_t count) {
+        if (few) narrow->few(own, to, padded, out + first * stride, stride, count, columns, depth);
+        else narrow->many(own, to, out + first * stride, stride, count, columns, depth);
+      };
+      int64_t first = i * piece, end = first + count_of(i);
+      if (type == Type::kBfloat16) return some((const Bfloat16*)w + first * depth, first, end - first);
+      int64_t step = few ? 8 : piece;  // widened rows stay in the first, or the second cache
+      thread_local std::vector<Bfloat16> wide;
+      wide.resize(step * depth);
+      for (; first < end; first += step) {
+        int64_t count = std::min(step, end - first);
+        narrow->widen((const int8_t*)w + first * depth, count * depth, wide.data());
+        some(wide.data(), first, count);
+      }
     });
     return ffi::Error::Success();
   }

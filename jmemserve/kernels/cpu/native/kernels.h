@@ -49,6 +49,8 @@ struct Narrow {
                        int64_t padded);
   void (*pack_panel)(const Bfloat16* x, int64_t x_stride, int64_t first, int64_t columns, int64_t depth,
                      Bfloat16* panel);
+  // Whole numbers of 8 bits become bfloat16, exactly.
+  void (*widen)(const int8_t* from, int64_t count, Bfloat16* to);
 };
 
 struct Kernels {
