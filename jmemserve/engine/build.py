@@ -237,14 +237,24 @@ def _choose_attention(engine: EngineConfig, config: ModelConfig, mesh: Mesh, dty
         window=any(rule.window is not None for rule in rules),
         soft_cap=any(rule.soft_cap is not None for rule in rules),
     )
+    off_by: dict[str, float] = {}
+
+    def fails(name: str) -> str | None:
+        try:
+            off_by[name] = check_arithmetic(device, name, need)
+        except Exception as error:  # on a device that nobody has tried a compiler may raise anything
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            smallest(0)
+            return reason
+        return None if smallest(1) else "it fails in another process of this mesh"
+
     try:
-        choice = choose(engine.attention.value, need)
+        choice = choose(engine.attention.value, need, fails)
     except ValueError as error:
         raise ConfigError(f"--attention: {error}") from None
     for name, reason in choice.refused:
         report.line(f"    attention: not {name}: {reason}")
-    off_by = check_arithmetic(device, choice.name, need)
-    report.line(f"    attention: {choice.name} (error beside numpy {off_by:.1g})")
+    report.line(f"    attention: {choice.name} (error beside numpy {off_by[choice.name]:.1g})")
     return choice.name
 
 

@@ -1,7 +1,7 @@
 """Is the arithmetic right? A small attention on an instance's first device, beside numpy, before anything is served.
 
-Some releases of XLA have given wrong numbers silently, and a kernel may meet a device that nobody has tried; a server
-that starts on one must say so instead of serving.
+Some releases of XLA have given wrong numbers silently, and a kernel may meet a device that nobody has tried; such a one
+is left out, and a server that has no other says so instead of serving.
 """
 
 import jax
@@ -50,6 +50,6 @@ def check_arithmetic(device: jax.Device, attention: str, need: Need) -> float:
     if not error < 3e-2:  # bfloat16 products of an accelerator's default precision are this good
         raise ConfigError(
             f"this machine computes attention by {attention!r} wrongly (error {error:.3g} beside numpy, jax "
-            f"{jax.__version__}); choose another --attention, or install another release of jax and jaxlib"
+            f"{jax.__version__})"
         )
     return error

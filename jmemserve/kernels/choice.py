@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 
 from jmemserve.kernels import BACKENDS
 
@@ -42,18 +43,16 @@ def why_not(name: str, need: Need) -> str | None:
     return reason
 
 
-def choose(wanted: str, need: Need) -> Choice:
+def choose(wanted: str, need: Need, fails: Callable[[str], str | None] = lambda name: None) -> Choice:
     """The backend of that name, or with "auto" the best that can serve.
 
-    Raises ValueError, with the reason, if the one that is asked for cannot.
+    ``fails`` tries one out on the device that it is for, and says what went wrong, if anything. Raises ValueError, with
+    the reason, if the one that is asked for cannot serve, or none can.
     """
-    if wanted != "auto":
-        if (reason := why_not(wanted, need)) is not None:
-            raise ValueError(f"attention by {wanted!r} is not possible here: {reason}")
-        return Choice(wanted)
     refused: list[tuple[str, str]] = []
-    for name in PREFERRED.get(need.platform, ("xla",)):
-        if (reason := why_not(name, need)) is None:
+    for name in PREFERRED.get(need.platform, ("xla",)) if wanted == "auto" else (wanted,):
+        if (reason := why_not(name, need) or fails(name)) is None:
             return Choice(name, tuple(refused))
         refused.append((name, reason))
-    raise AssertionError(f"xla serves everything, but {refused=}")
+    reasons = "; ".join(f"by {name!r}: {reason}" for name, reason in refused)
+    raise ValueError(f"attention is not possible here {reasons}")

@@ -10,11 +10,13 @@ import pytest
 from engine_driver import tiny_model
 from jax.sharding import Mesh
 
-from jmemserve.config import LoadFormat, parse_mesh
-from jmemserve.engine import selftest
+from jmemserve.config import AttentionBackend, EngineConfig, LoadFormat, demo_folder, parse_mesh
+from jmemserve.engine import build, selftest
 from jmemserve.engine.mesh import make_mesh
+from jmemserve.engine.report import SilentReport
 from jmemserve.engine.runner import Runner
 from jmemserve.errors import ConfigError
+from jmemserve.kernels import choice
 from jmemserve.kernels.choice import Need
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool.store import PageStore
@@ -108,3 +110,25 @@ def test_arithmetic_is_checked(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, dtyp
     monkeypatch.setattr(selftest, "attention_backend", lambda name: lambda q, k, v, pages, *rest: (q, pages))
     with pytest.raises(ConfigError, match="computes attention by 'xla' wrongly"):
         selftest.check_arithmetic(device, "xla", need)
+
+
+def test_an_instance_starts_without_the_kernel_that_fails(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be chosen raises on this device: the next one serves, and the reason is said."""
+    real = selftest.attention_backend
+
+    def broken(name: str):
+        if name == "xla":
+            return real(name)
+        raise NotImplementedError("this device is too old\nand more words")
+
+    said: list[str] = []
+    monkeypatch.setattr(selftest, "attention_backend", broken)
+    monkeypatch.setattr(choice, "PREFERRED", {"cpu": ("reference", "xla")})
+    engine, config = EngineConfig(), load_config(demo_folder())
+    report = SilentReport()
+    monkeypatch.setattr(report, "line", said.append, raising=False)
+    assert build._choose_attention(engine, config, mesh, "float32", report) == "xla"
+    assert said[0].endswith("attention: not reference: this device is too old")
+    with pytest.raises(ConfigError, match="--attention: attention is not possible here by 'reference': this device"):
+        asked = EngineConfig(attention=AttentionBackend.REFERENCE)
+        build._choose_attention(asked, config, mesh, "float32", report)

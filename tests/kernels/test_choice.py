@@ -23,3 +23,10 @@ def test_auto_always_finds_one(platform: str) -> None:
 
 def test_a_name_is_taken_at_its_word() -> None:
     assert choose("reference", NEED).name == "reference"
+
+
+def test_one_that_fails_on_the_device_is_left_out() -> None:
+    choice = choose("auto", NEED, lambda name: "it computes nonsense" if name == "cpu" else None)
+    assert choice.name == "xla" and choice.refused[0][0] == "cpu"
+    with pytest.raises(ValueError, match="not possible here by 'xla': it computes nonsense"):
+        choose("xla", NEED, lambda name: "it computes nonsense")
