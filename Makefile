@@ -64,9 +64,9 @@ proto: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(RUN) benchmarks/serve.py $(ARGS)
 
-# With what the machine has installed (RUN=python): such machines often have no network.
+# With what the machine has installed, if there is no environment: such machines often have no network.
 bench-gpu:
-	@exec tools/bench-gpu $(RUN) $(ARGS)
+	@exec tools/bench-gpu "$$(test -x $(RUN) && echo $(RUN) || echo "$${PYTHON:-python3}")" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
