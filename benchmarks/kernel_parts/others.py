@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -58,26 +59,57 @@ def jax_paged(part: str, setting: Setting, heads: Heads, batch: int, context: in
 
 def torch_sdpa(part: str, setting: Setting, heads: Heads, batch: int, context: int) -> Row:
     """PyTorch's scaled_dot_product_attention on contiguous keys and values."""
+    torch = _torch(setting)
+    attend = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, is_causal=part == "prefill", enable_gqa=True
+    )
+    return _of_torch("torch", attend, part, setting, heads, batch, context)
+
+
+def torch_flex(part: str, setting: Setting, heads: Heads, batch: int, context: int) -> Row:
+    """PyTorch's flex attention, compiled, on contiguous keys and values."""
+    torch = _torch(setting)
+    if setting.platform != "gpu":
+        raise Skipped("flex attention is measured on GPUs alone")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    causal = None
+    if part == "prefill":
+        causal = create_block_mask(lambda b, h, q, k: q >= k, None, None, context, context)
+    try:
+        attend = functools.partial(torch.compile(flex_attention), block_mask=causal, enable_gqa=True)
+        return _of_torch("torch flex", attend, part, setting, heads, batch, context)
+    except Exception as error:  # its compiler needs others' tools at run time
+        raise Skipped(f"flex attention: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
+
+
+def _torch(setting: Setting):
     if importlib.util.find_spec("torch") is None:
         raise Skipped("PyTorch is not installed")
     import torch
 
-    cuda = setting.platform == "gpu"
-    if cuda and not torch.cuda.is_available():
+    if setting.platform == "gpu" and not torch.cuda.is_available():
         raise Skipped("the PyTorch that is installed has no CUDA")
+    return torch
+
+
+def _of_torch(by: str, attend: Callable, part: str, setting: Setting, heads: Heads, batch: int, context: int) -> Row:
+    import torch
+
+    cuda = setting.platform == "gpu"
     place = {"device": "cuda" if cuda else "cpu", "dtype": getattr(torch, setting.dtype)}
     new, heads_q = (1 if part == "decode" else context), heads.kv_heads * heads.group
     q = torch.randn(batch, heads_q, new, heads.head_dim, **place)
     k, v = (torch.randn(batch, heads.kv_heads, context, heads.head_dim, **place) for _ in range(2))
 
     def run() -> None:
-        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=part == "prefill", enable_gqa=True)
+        attend(q, k, v)
         if cuda:
             torch.cuda.synchronize()
 
     seconds = machine.median_seconds(lambda: run() or jnp.zeros(()), setting.repeats)
     case = f"{heads.name} {batch} x {context:,}" if part == "decode" else f"{heads.name} {context:,}"
-    return Row(part, case, "torch", seconds, **work_of(part, setting, heads, batch, context))
+    return Row(part, case, by, seconds, **work_of(part, setting, heads, batch, context))
 
 
-ALL = {"contiguous": contiguous, "jax paged": jax_paged, "torch": torch_sdpa}
+ALL = {"contiguous": contiguous, "jax paged": jax_paged, "torch": torch_sdpa, "flex": torch_flex}
