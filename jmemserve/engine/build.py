@@ -82,6 +82,7 @@ def read_model_config(engine: EngineConfig) -> ModelConfig:
             f"--max-model-len {engine.max_model_len} is more than the {config.max_model_len} positions that the "
             "checkpoint was made for"
         )
+    config = config.for_lengths(engine.max_model_len or config.max_model_len)
     if engine.quantization is not Quantization.AUTO:
         try:
             config = config.round_weights(engine.quantization.value)
@@ -262,6 +263,8 @@ def model_identity(engine: EngineConfig, config: ModelConfig, dtype: str) -> str
     """Equal for instances whose keys and values can stand for each other."""
     weights_of = f"{engine.load_format.value}-{engine.seed}" if engine.load_format is LoadFormat.DUMMY else "checkpoint"
     kind = dtype if config.quantized is None else f"{dtype}-{config.quantized.kind}"
+    if config.rope.factors:  # which they are depends on --max-model-len
+        kind += "-long" if config.rope.factors != config.rope.short_factors else "-short"
     return f"{model_folder(engine).resolve().name}/{weights_of}/{config.num_layers}x{config.hidden_size}/{kind}"
 
 

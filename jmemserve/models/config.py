@@ -67,6 +67,10 @@ class ModelConfig:
         """How a layer's tokens attend."""
         return Rule(self.attention_scale or self.head_dim**-0.5, self.windows[layer], self.attention_soft_cap)
 
+    def for_lengths(self, longest: int) -> "ModelConfig":
+        """The model for sequences of up to so many tokens."""
+        return dataclasses.replace(self, rope=self.rope.for_lengths(longest))
+
     def round_weights(self, kind: str) -> "ModelConfig":
         """The same model with weights of a kind of quantized.DTYPES.
 
@@ -176,6 +180,10 @@ def _parse(raw: dict[str, Any], more_eos: frozenset[int]) -> ModelConfig:
     if head_dim % 2:
         raise ConfigError(f"head_dim {head_dim} is odd, but rotary embedding turns pairs")
     traits = module.traits(raw, layers)
+    traits.setdefault("rope", take_rope(raw))
+    for rope in (traits["rope"], traits.get("local_rope")):
+        if rope is not None:
+            rope.check(head_dim)
     act = raw.pop("hidden_act", "silu")
     if not isinstance(act, str) or act not in ACTIVATIONS:
         raise ConfigError(f"hidden_act {act!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
@@ -190,7 +198,6 @@ def _parse(raw: dict[str, Any], more_eos: frozenset[int]) -> ModelConfig:
         "head_dim": head_dim,
         "intermediate_size": take_count(raw, "intermediate_size"),
         "norm_eps": take_positive(raw, "rms_norm_eps", 1e-6),  # the default of every family
-        "rope": take_rope(raw),
         "activation": ACTIVATIONS[act],
         "tied_embeddings": take_flag(raw, "tie_word_embeddings"),
         "max_model_len": take_count(raw, "max_position_embeddings"),

@@ -32,16 +32,18 @@ def rms_norm(config: ModelConfig, weight: nnx.Param, x: jax.Array, axis: int = 0
 
 
 def rope_angles(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [H/2, T] of every position (i32[T]), in float32."""
+    """cos and sin [turned / 2, T] of every position (i32[T]), in float32."""
     angles = rope.frequencies(head_dim)[:, None] * positions.astype(jnp.float32)[None]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if rope.amplitude == 1 else (rope.amplitude * cos, rope.amplitude * sin)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate halves: x [K, n, H, T] with cos and sin [H/2, T]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=2)
+    """Rotate halves of what is turned of x [K, n, H, T]: its first part, with cos and sin [turned / 2, T]."""
+    half = cos.shape[0]
+    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=2)
     cos, sin = cos[None, None], sin[None, None]
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=2).astype(x.dtype)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=2).astype(x.dtype)
 
 
 class Layer(nnx.Module):

@@ -1,7 +1,4 @@
-"""Phi-3 and Phi-4: Llama's shape from fused tensors, with a sliding window if config.json has one.
-
-Long contexts by rope scaling of type longrope, and rotation of a part of each head, are refused.
-"""
+"""Phi-3, 3.5 and 4: Llama's shape from fused tensors, with a sliding window if config.json has one."""
 
 from typing import Any
 
@@ -13,7 +10,9 @@ DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-5}
 def traits(raw: dict[str, Any], num_layers: int) -> dict[str, Any]:
     """One window for all layers."""
     refuse_flags(raw, "attention_bias")
-    raw.pop("original_max_position_embeddings", None)  # of longrope
+    original, scaling = raw.pop("original_max_position_embeddings", None), raw.get("rope_scaling")
+    if isinstance(scaling, dict):
+        raw["rope_scaling"] = {"original_max_position_embeddings": original} | scaling
     window = raw.pop("sliding_window", None)
     size = None if window is None else take_count({"sliding_window": window}, "sliding_window")
     return {"fused_tensors": True, "windows": (size,) * num_layers}

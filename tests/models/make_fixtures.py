@@ -61,6 +61,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONG_ROPE = {  # short factors up to 128 tokens, which no prompt of the reference reaches
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.25, 2.0],
+    "long_factor": [1.5, 4.0, 16.0],
+    "original_max_position_embeddings": 128,
+}
 LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 8, "pad_token_id": 0}
 GEMMA3_ROPE = {
@@ -92,6 +100,10 @@ CASES: dict[str, tuple[type[PreTrainedModel], PretrainedConfig]] = {
         MixtralConfig(**GROUPED | {"intermediate_size": 32}, num_local_experts=4, num_experts_per_tok=2),
     ),
     "phi3": (Phi3ForCausalLM, Phi3Config(**GROUPED, pad_token_id=0, sliding_window=9)),
+    "phi3_long": (
+        Phi3ForCausalLM,
+        Phi3Config(**GROUPED, pad_token_id=0, original_max_position_embeddings=128, rope_parameters=LONG_ROPE),
+    ),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**GROUPED, use_sliding_window=False)),
     "qwen2_window": (
         Qwen2ForCausalLM,

@@ -29,12 +29,14 @@ NAMES = (
     "mistral",
     "mixtral",
     "phi3",
+    "phi3_long",
     "qwen2",
     "qwen2_window",
     "qwen3",
     "qwen3_moe",
 )
 PROMPTS = 3
+LONGEST = 128  # tokens that an engine allows
 MESHES = {
     "gemma2": "colocated:2",
     "gemma3": "prefill+decode",
@@ -42,6 +44,7 @@ MESHES = {
     "mistral": "prefill+decode",
     "mixtral": "colocated",
     "phi3": "colocated:2",
+    "phi3_long": "prefill+decode",
     "qwen2_window": "colocated:2",
     "qwen3": "prefill+decode",
     "qwen3_moe": "prefill+decode:2",
@@ -50,7 +53,7 @@ MESHES = {
 
 @functools.cache
 def loaded(name: str, size: int, dtype: str = "float32") -> tuple[ModelConfig, weights.Model]:
-    config = load_config(FIXTURES / name)
+    config = load_config(FIXTURES / name).for_lengths(LONGEST)
     folder = FIXTURES / name
     return config, weights.load(folder, LoadFormat.AUTO, config, dtype, model_mesh(size), 0, lambda done, total: None)
 
@@ -105,7 +108,8 @@ def test_greedy_continuations_are_those_of_transformers(name: str) -> None:
 def test_the_engine_makes_the_same_tokens(name: str) -> None:
     """All prompts at once, so that they share steps, with blocks of 4 tokens and prompts in several chunks."""
     params = SamplingParams(temperature=0, max_tokens=len(greedy(name)[0]))
-    with Driver(FIXTURES / name, MESHES[name], load_format=LoadFormat.AUTO, warmup=Warmup.FAST) as driver:
+    given = {"load_format": LoadFormat.AUTO, "warmup": Warmup.FAST, "max_model_len": LONGEST}
+    with Driver(FIXTURES / name, MESHES[name], **given) as driver:
         assert driver.generate(prompts(name), params) == greedy(name)
 
 
@@ -165,6 +169,15 @@ def test_rope_frequencies_do_not_depend_on_the_device() -> None:
     assert found.dtype == np.float32
     assert found[0] == 1 and found[-1] == np.float32(exact[-1] / rope.factor)
     assert (found <= exact.astype(np.float32)).all()
+
+
+def test_longrope_takes_its_factors_by_the_longest_sequence_allowed() -> None:
+    long = load_config(FIXTURES / "phi3_long")
+    assert long.rope.share == 0.5 and long.rope.amplitude == pytest.approx((1 + np.log(2) / np.log(128)) ** 0.5)
+    plain = 10000.0 ** -(np.arange(0, 6, 2) / 6)
+    np.testing.assert_allclose(long.rope.frequencies(12), plain / [1.5, 4, 16], rtol=1e-6)
+    np.testing.assert_allclose(long.for_lengths(128).rope.frequencies(12), plain / [1, 1.25, 2], rtol=1e-6)
+    assert long.for_lengths(129) == long == load_config(FIXTURES / "phi3_long")
 
 
 def test_a_mesh_that_does_not_divide_the_heads_is_refused() -> None:

@@ -109,7 +109,9 @@ def rounded(**weights: Any) -> dict[str, Any]:
         ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}}, "original_max_position_embeddings"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor (4.0) must be below"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "unknown fields"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"partial_rotary_factor": 0.3}, "partial_rotary_factor 0.3 turns 1 of 4 values"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 turns 6 of 4 values"),
+        ({"original_max_position_embeddings": 64}, "original_max_position_embeddings"),
     ],
 )
 def test_what_is_wrong_or_unsupported_is_refused_by_name(tmp_path: Path, changes: dict, words: str) -> None:
@@ -274,6 +276,13 @@ def test_gemma(tmp_path: Path) -> None:
 def test_phi3(tmp_path: Path) -> None:
     assert read(tmp_path, "Phi3").fused_tensors and read(tmp_path, "Phi3").windows == (None, None)
     assert read(tmp_path, "Phi3", sliding_window=9).windows == (9, 9)
-    longrope = {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
-    assert "longrope" in refused(tmp_path, "Phi3", rope_scaling=longrope)
-    assert "partial_rotary_factor" in refused(tmp_path, "Phi3", partial_rotary_factor=0.75)
+    longrope = {"type": "su", "short_factor": [1.0, 1], "long_factor": [2.0, 3]}
+    given = {"rope_scaling": longrope, "original_max_position_embeddings": 16}
+    rope = read(tmp_path, "Phi3", **given).rope
+    assert (rope.kind, rope.factors, rope.short_factors, rope.original_max_len) == ("longrope", (2, 3), (1, 1), 16)
+    assert "long_factor has 2 numbers, not 1" in refused(tmp_path, "Phi3", **given, partial_rotary_factor=0.5)
+    assert "short_factor must be a list" in refused(
+        tmp_path, "Phi3", **given | {"rope_scaling": longrope | {"short_factor": 1}}
+    )
+    assert "original_max_position_embeddings must be" in refused(tmp_path, "Phi3", rope_scaling=longrope)
+    assert read(tmp_path, "Phi3", original_max_position_embeddings=4096).rope.kind == "default"
