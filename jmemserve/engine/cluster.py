@@ -267,7 +267,7 @@ class Cluster:
             if self._ports.get(name) is not port:
                 raise Unavailable(f"{name} is no member any more")
             match message:
-                case m.News():
+                case m.News() | m.Tokens():
                     self._flush(self._gateway.news(name, message.events, now))
                 case m.Shared():
                     self._gateway.shared(name, message.request_id)

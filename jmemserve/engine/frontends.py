@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from jmemserve.engine.cache_news import CacheTeller
 from jmemserve.kvpool import BlockPool
-from jmemserve.scheduler.messages import FromInstance, News, Shared, frontend_of
+from jmemserve.scheduler.messages import FromInstance, News, Shared, Tokens, frontend_of
 from jmemserve.types import Event
 
 Say = Callable[[FromInstance], None]
@@ -28,6 +28,7 @@ class Frontends:
         self._home = ""
         self._says: dict[str, Say] = {"": say}
         self._tellers: dict[str, CacheTeller] = {"": CacheTeller(pool, say)}
+        self._rows: tuple[tuple[str, ...], dict[str, list[int]]] = (), {}  # of whom: of the tokens that were told last
 
     def lead(self, name: str) -> None:
         """The home is this front-end from now on. It hears of the cache once this instance is ``ready``."""
@@ -93,6 +94,17 @@ class Frontends:
             by_frontend.setdefault(frontend_of(event.request_id), []).append(event)
         for name, own in by_frontend.items():
             self.answer(name, News(tuple(own)))
+
+    def tokens(self, column: Tokens) -> None:
+        """To each the tokens of its own requests."""
+        if self._rows[0] is not column.request_ids:
+            rows: dict[str, list[int]] = {}
+            for row, request_id in enumerate(column.request_ids):
+                rows.setdefault(frontend_of(request_id), []).append(row)
+            self._rows = column.request_ids, rows
+        alone = len(self._rows[1]) == 1
+        for name, own in self._rows[1].items():
+            self.answer(name, column if alone else column.of(own))
 
     def tell_cache(self, name: str) -> None:
         """One of them asks for all that is cached."""

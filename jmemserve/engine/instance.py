@@ -35,7 +35,7 @@ from jmemserve.scheduler import messages as m
 from jmemserve.scheduler.local import LocalScheduler
 from jmemserve.scheduler.rules import is_crowded, wants_to_leave
 from jmemserve.scheduler.sequence import Sequence, Stamps, State
-from jmemserve.types import FinishReason, InstanceLoad
+from jmemserve.types import FinishReason, InstanceLoad, TokenLogprobs
 
 IDLE_S = 0.05  # how often an idle instance looks at its deadlines
 TRANSFER_DEADLINE_S = 30.0
@@ -255,6 +255,17 @@ class Instance:
         self._host.landed(now)
         self._steps += 1
         self.costs.step(flight, now)
+        column = self.scheduler.commit_repeated(flight.plan, tokens, now) if entries is None else None
+        if column is not None:
+            self._outbox.column(column)
+        else:
+            self._take_in(flight, tokens, entries, now)
+        self._host.committed(time.monotonic() - now)
+
+    def _take_in(
+        self, flight: Flight, tokens: list[int], entries: list[TokenLogprobs | None] | None, now: float
+    ) -> None:
+        """The result of a step in which anything may have happened."""
         about, gained = described(flight, entries), list[tuple[Sequence, int]]()
         for seq, token, finish in self.scheduler.commit(flight.plan, tokens, now):
             if seq.request.rank > self._rank:
@@ -268,7 +279,6 @@ class Instance:
         for seq, _ in gained:
             if seq.state is State.LEAVING and not seq.promised:  # else the step that it leaves after is in the air
                 self._moves.hand_over(seq, seq.origin if self.role.decodes else self.spec.name, now)
-        self._host.committed(time.monotonic() - now)
 
     # -- between media ----------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence as Row
 
 from jmemserve.engine.frontends import Frontends
 from jmemserve.engine.runner import Flight
+from jmemserve.scheduler.messages import Tokens
 from jmemserve.scheduler.sequence import Sequence
 from jmemserve.types import Event, FinishReason, TokenLogprobs, Usage
 
@@ -26,6 +27,11 @@ class Outbox:
             )
             for seq, token in gained
         ]
+
+    def column(self, tokens: Tokens) -> None:
+        """The same of many that go on, at once."""
+        self.flush()  # what was before
+        self._frontends.tokens(tokens)
 
     def end(
         self, seq: Sequence, reason: FinishReason, token: int | None = None, about: TokenLogprobs | None = None

@@ -22,10 +22,13 @@ from jmemserve.errors import PoolFull
 from jmemserve.kvpool import BlockAddress, BlockPool, Medium, Swap
 from jmemserve.scheduler.costs import SwapCosts
 from jmemserve.scheduler.fairness import order
+from jmemserve.scheduler.messages import Tokens
 from jmemserve.scheduler.plan import Plan, Slice, StepShape, smallest, trim
 from jmemserve.scheduler.sequence import Sequence, State
 from jmemserve.scheduler.steady import Steady
 from jmemserve.types import INVALID, FinishReason
+
+INDEXED_TOGETHER = 4  # blocks of a sequence that decodes; one look at the index costs much more than a block
 
 
 class LocalScheduler:
@@ -83,6 +86,8 @@ class LocalScheduler:
 
         Steps in flight may still write into them: whoever gets them next is ordered after those steps.
         """
+        if seq.state is State.RUNNING:
+            self._index(seq)
         for group in (self.running, self.leaving, self.waiting):
             if seq in group:
                 group.remove(seq)
@@ -188,9 +193,6 @@ class LocalScheduler:
         A stop token is not appended and comes back as INVALID. Sequences that end are let go; sequences that gave up
         their blocks since the plan was made keep the token but index nothing. Full blocks enter the index here.
         """
-        steady = self._steady
-        if steady is not None and steady.sequences == self.running and steady.covers(plan, sampled[: plan.num_rows]):
-            return self._commit_repeated(steady, plan, sampled, now)
         news: list[tuple[Sequence, int, FinishReason | None]] = []
         for piece, token in zip(plan.slices, sampled, strict=False):
             seq = piece.sequence
@@ -208,6 +210,25 @@ class LocalScheduler:
                     self.finish(seq)
                 news.append((seq, shown, finish))
         return news
+
+    def commit_repeated(self, plan: Plan, sampled: list[int], now: float) -> Tokens | None:
+        """As ``commit``, if the plan was repeated and each of its rows got a token and goes on. None: it is not so.
+
+        Blocks enter the index ``INDEXED_TOGETHER`` at a time, the last ones when something else happens.
+        """
+        steady, sampled = self._steady, sampled[: plan.num_rows]
+        if steady is None or steady.sequences != self.running or not steady.covers(plan, sampled):
+            return None
+        for seq, token in zip(steady.sequences, sampled, strict=True):
+            seq.tokens.append(token)
+            seq.promised -= 1
+            seq.landed += 1
+            seq.stamps.last_token = now
+        together = INDEXED_TOGETHER * self.pool.block_size
+        for _, seq in steady.beginning(plan.repeats + 1):  # the next token begins a block: this one filled one
+            if seq.landed % together == 0:
+                self._index(seq)
+        return steady.tokens(plan, sampled)
 
     # -- steady decoding --------------------------------------------------------------------------------------
 
@@ -228,19 +249,6 @@ class LocalScheduler:
                 seq.table.append(block.index)
         self.plans += 1
         return steady.repeat(self.plans, tuple([(row, seq.table[seq.computed // size]) for row, seq in begin]))
-
-    def _commit_repeated(
-        self, steady: Steady, plan: Plan, sampled: list[int], now: float
-    ) -> list[tuple[Sequence, int, FinishReason | None]]:
-        """As ``commit``, when every row got a token and goes on."""
-        for seq, token in zip(steady.sequences, sampled, strict=False):
-            seq.tokens.append(token)
-            seq.promised -= 1
-            seq.landed += 1
-            seq.stamps.last_token = now
-        for _, seq in steady.beginning(plan.repeats + 1):  # the next token begins a block: this one filled one
-            self._index(seq)
-        return list(zip(steady.sequences, sampled, itertools.repeat(None)))  # noqa: B905
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -359,6 +367,7 @@ class LocalScheduler:
 
     def _put_back(self, seq: Sequence) -> None:
         """A running sequence gives up its blocks and waits again, keeping its tokens."""
+        self._index(seq)
         self.running.remove(seq)
         self._give_back(seq)
         seq.state = State.WAITING

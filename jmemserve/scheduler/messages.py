@@ -2,8 +2,8 @@
 
     front-end ──▶ instance    Submit, Abort, Move, Share, Probe, Roster, ChangeRole, ResetCache, AskPool, AskCache,
                               Leave
-    instance ──▶ front-end    News, Shared, CacheNews, CacheSnapshot, CostNews, Beat, Ready, Probed, PoolNews, Leaving,
-                              Left
+    instance ──▶ front-end    News, Tokens, Shared, CacheNews, CacheSnapshot, CostNews, Beat, Ready, Probed, PoolNews,
+                              Leaving, Left
 
 Times in them are those of the receiver's monotonic clock: a link between machines shifts them (``shifted``).
 """
@@ -130,6 +130,28 @@ class News:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Tokens:
+    """One token each for requests that go on: the news of most steps, in columns, which cost an instance least."""
+
+    request_ids: tuple[str, ...]  # the same object from step to step, while the same requests decode
+    starts: tuple[int, ...]  # likewise: places in the outputs, ``step`` tokens ago
+    step: int
+    tokens: tuple[int, ...]
+
+    @property
+    def events(self) -> list[Event]:
+        """The same in rows."""
+        rows = zip(self.request_ids, self.starts, self.tokens, strict=True)
+        return [Event(request_id, (token,), start=start + self.step) for request_id, start, token in rows]
+
+    def of(self, rows: list[int]) -> "Tokens":
+        """Some of the rows."""
+        columns = (tuple([column[row] for row in rows]) for column in (self.request_ids, self.starts, self.tokens))
+        request_ids, starts, tokens = columns
+        return Tokens(request_ids, starts, self.step, tokens)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Shared:
     """A Share is over; the receiver has what it could get."""
 
@@ -212,7 +234,9 @@ class Left:
 
 
 ToInstance = Submit | Abort | Move | Share | Probe | Roster | ChangeRole | ResetCache | AskPool | AskCache | Leave
-FromInstance = News | Shared | CacheNews | CacheSnapshot | CostNews | Beat | Ready | Probed | PoolNews | Leaving | Left
+FromInstance = (
+    News | Tokens | Shared | CacheNews | CacheSnapshot | CostNews | Beat | Ready | Probed | PoolNews | Leaving | Left
+)
 
 
 def attempt_id(frontend: str, request: int, attempt: int) -> str:

@@ -11,6 +11,7 @@ are made one by one again. The outcome is the same to the last value. Pure.
 import dataclasses
 from collections.abc import Sequence as Row
 
+from jmemserve.scheduler.messages import Tokens
 from jmemserve.scheduler.plan import Plan
 from jmemserve.scheduler.sequence import Sequence, State
 
@@ -25,6 +26,8 @@ class Steady:
     last: int  # step with which the first of them has all its tokens
     stops: frozenset[int]  # tokens that end any of them
     context: int  # tokens that the first plan's rows look at, all together
+    request_ids: tuple[str, ...]
+    starts: tuple[int, ...]  # places in their outputs of the tokens that the first plan samples
 
     @staticmethod
     def of(plan: Plan, running: Row[Sequence], block_size: int) -> "Steady | None":
@@ -32,7 +35,7 @@ class Steady:
         if plan.shape.tokens > plan.shape.seqs or len(plan.planned) != len(running):
             return None
         phases: list[list[tuple[int, Sequence]]] = [[] for _ in range(block_size)]
-        last, context = None, 0
+        last, context, starts = None, 0, []
         for row, (piece, seq) in enumerate(zip(plan.planned, running, strict=True)):
             if piece.sequence is not seq or not piece.samples or seq.moving or seq.state is not State.RUNNING:
                 return None
@@ -42,10 +45,12 @@ class Steady:
             last = left if last is None else min(last, left)
             phases[-piece.start % block_size].append((row, seq))
             context += piece.start + 1
+            starts.append(piece.start + 1 - len(seq.request.prompt))
         if not last:
             return None
         stops = frozenset[int]().union(*{seq.request.stop_ids for seq in running})
-        return Steady(plan, list(running), phases, last, stops, context)
+        ids = tuple([seq.request.id for seq in running])
+        return Steady(plan, list(running), phases, last, stops, context, ids, tuple(starts))
 
     def beginning(self, step: int) -> list[tuple[int, Sequence]]:
         """(row, sequence) whose new token of this step is the first of a block."""
@@ -60,6 +65,10 @@ class Steady:
         step = plan.repeats + 1
         self.plan = Plan(number, plan.shape, plan.planned, step, grown, self.context + step * len(seqs))
         return self.plan
+
+    def tokens(self, plan: Plan, sampled: Row[int]) -> Tokens:
+        """What is told of a repeated plan."""
+        return Tokens(self.request_ids, self.starts, plan.repeats, tuple(sampled))
 
     def covers(self, plan: Plan, sampled: Row[int]) -> bool:
         """Did nothing but its tokens come of a repeated plan, after which others were planned?"""

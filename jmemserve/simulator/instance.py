@@ -222,6 +222,8 @@ class SimInstance:
         self.steps += 1
         self._weigh(flight, now)
         sampled = [made_up(p.sequence.request.seed, p.start + p.length) for p in plan.slices]
+        if self.scheduler.commit_repeated(plan, sampled, now) is not None:
+            return  # the front-end hears of it with what comes next
         told = self._told
         for seq, _, finish in self.scheduler.commit(plan, sampled, now):
             if finish is not None:

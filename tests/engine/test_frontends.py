@@ -3,7 +3,7 @@
 from jmemserve.engine.frontends import Frontends
 from jmemserve.kvpool import BlockPool
 from jmemserve.kvpool.events import EventLog
-from jmemserve.scheduler.messages import CacheNews, CacheSnapshot, News, Shared, attempt_id, frontend_of
+from jmemserve.scheduler.messages import CacheNews, CacheSnapshot, News, Shared, Tokens, attempt_id, frontend_of
 from jmemserve.types import Event
 
 
@@ -49,6 +49,22 @@ def test_answers_go_to_who_asked():
     assert home.take() == [News((Event("one/r1.1", (1,)), Event("one/r2.1", (3,))))]
     assert second.take() == [News((Event("two/r1.1", (2,)),)), Shared("two/r9.1")]
     assert [frontends.awaits(f"{name}/r1.1") for name in ("one", "two", "old")] == [True, True, False]
+
+
+def test_columns_of_tokens_are_divided():
+    frontends, _, home, _ = make()
+    second = Ear()
+    frontends.join("two", second)
+    ids = "one/r1.1", "two/r1.1", "one/r2.1", "old/r1.1"
+    for step in (1, 2):
+        frontends.tokens(Tokens(ids, (4, 5, 6, 7), step, (10, 11, 12, 13)))
+        told = home.take()
+        assert told == [Tokens(("one/r1.1", "one/r2.1"), (4, 6), step, (10, 12))]
+        assert told[0].events == [Event(ids[0], (10,), start=4 + step), Event(ids[2], (12,), start=6 + step)]
+        assert second.take() == [Tokens(("two/r1.1",), (5,), step, (11,))]
+    alone = Tokens(("one/r1.1",), (6,), 1, (10,))
+    frontends.tokens(alone)
+    assert home.take() == [alone] and second.take() == []
 
 
 def test_each_is_told_of_the_cache_in_its_own_time():

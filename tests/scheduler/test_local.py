@@ -89,11 +89,18 @@ class World:
         plan = self.scheduler.plan(0.0)
         following = (plan, self.device.launch(plan)) if plan else None
         if self.flight:
-            for seq, token, finish in self.scheduler.commit(*self.flight, 1.0):
-                if token >= 0:
-                    self.out.setdefault(seq.request.id, []).append(token)
-                if finish:
-                    self.ends[seq.request.id] = finish
+            column = self.scheduler.commit_repeated(*self.flight, 1.0)
+            if column is not None:
+                for event in column.events:
+                    own = self.out.setdefault(event.request_id, [])
+                    assert event.start == len(own), "every token in its place"
+                    own += event.tokens
+            else:
+                for seq, token, finish in self.scheduler.commit(*self.flight, 1.0):
+                    if token >= 0:
+                        self.out.setdefault(seq.request.id, []).append(token)
+                    if finish:
+                        self.ends[seq.request.id] = finish
         self.flight = following
         self.pool.check()
         for seq in self.scheduler.sequences():
@@ -342,3 +349,21 @@ def test_who_is_asked_to_move_is_planned_anew() -> None:
     world.scheduler.reconsider()
     world.step()
     assert seq.state is State.LEAVING
+
+
+def test_who_is_given_up_while_it_decodes_leaves_all_its_full_blocks() -> None:
+    """While steps repeat, blocks are offered to the index a few at a time; none is forgotten in the end."""
+    world = World(60, 2, 16)
+    world.device.launch = lambda plan: [17] * plan.num_rows  # type: ignore[method-assign]
+    seqs = [make_seq(number, [number, 1, 2], 60) for number in (7, 9)]
+    for seq in seqs:
+        world.scheduler.submit(seq)
+    for _ in range(30):
+        world.step()
+    late = seqs[0]
+    full = min(late.landed, len(late.tokens)) // BLOCK
+    assert late.indexed < full, "else nothing is tested"
+    tokens = list(late.tokens)
+    world.scheduler.finish(late)
+    assert world.pool.peek_media([*tokens[: full * BLOCK], 0])[0] == full
+    world.pool.check()

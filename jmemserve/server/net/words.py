@@ -92,7 +92,7 @@ FROM_INSTANCE = Codec(
         enumerate(
             (
                 *(m.News, m.Beat, m.Ready, m.Probed, m.PoolNews, m.Leaving, m.Left),
-                *(m.Shared, m.CacheNews, m.CacheSnapshot, m.CostNews),
+                *(m.Shared, m.CacheNews, m.CacheSnapshot, m.CostNews, m.Tokens),
             )
         )
     )
