@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 
-from jmemserve.kernels import BACKENDS, Ragged, attention_backend, own_products
+from jmemserve.kernels import BACKENDS, Ragged, attention_backend, fold_of, own_products
 from jmemserve.kernels.choice import Need, why_not
 from jmemserve.kernels.pages import PageLayout, gather_blocks, scatter_blocks
 from jmemserve.kernels.rule import Rule
@@ -163,14 +163,13 @@ def seconds_of(run: Callable, carry, rest: tuple, times: int, repeats: int) -> f
     return machine.median_seconds(once, repeats) / times
 
 
-def make_batch(setting: Setting, heads: Heads, block: int, batch: int, context: int, new: int):
+def make_batch(setting: Setting, heads: Heads, block: int, batch: int, context: int, new: int, fold: int = 1):
     """(q, k, v, pages, ragged) of rows that have ``context`` tokens, ``new`` of them new; pages in random order."""
     rng = np.random.default_rng(0)
     width = -(-context // block)
     layout = PageLayout(LAYERS, heads.kv_heads, block, heads.head_dim, setting.dtype)
-    pages = jax.jit(lambda key: jax.random.normal(key, (1 + batch * width, *layout.page_shape), setting.dtype))(
-        jax.random.key(0)
-    )
+    page = (*layout.page_shape[:-2], block // fold, heads.head_dim * fold)
+    pages = jax.jit(lambda key: jax.random.normal(key, (1 + batch * width, *page), setting.dtype))(jax.random.key(0))
     tables = 1 + rng.permutation(batch * width).astype(np.int32).reshape(batch, width)
     place = np.tile(np.arange(context - new, context, dtype=np.int32), batch)
     row = np.repeat(np.arange(batch), new)
@@ -190,7 +189,7 @@ def _attend(part: str, setting: Setting, heads: Heads, block: int, batch: int, c
     if (reason := why_not(name, setting.need(heads, block))) is not None:
         raise Skipped(f"{name}: {reason}")
     new = 1 if part == "decode" else context
-    q, k, v, pages, ragged = make_batch(setting, heads, block, batch, context, new)
+    q, k, v, pages, ragged = make_batch(setting, heads, block, batch, context, new, fold_of(name, heads.head_dim))
     kernel, rule = attention_backend(name), Rule(heads.head_dim**-0.5)
     times = 1 if setting.repeats == 1 else 4 if part == "prefill" else 10
 

@@ -17,6 +17,7 @@ tokens are written there.
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -91,3 +92,9 @@ def own_products(name: str) -> Products | None:
 def pair_tile(name: str) -> int:
     """Queries, and keys, that the attention of that name looks at in one go where a row has several new tokens."""
     return int(getattr(importlib.import_module(BACKENDS[name]), "TILE", 1))
+
+
+def fold_of(name: str, head_dim: int) -> int:
+    """Tokens of a block side by side in a row of the pages, as the attention of that name wants it (``pages.py``)."""
+    fold: Callable[[int], int] | None = getattr(importlib.import_module(BACKENDS[name]), "fold", None)
+    return 1 if fold is None else fold(head_dim)

@@ -8,6 +8,7 @@ the pages; dispatch order is enough, so every call but ``checksums`` comes from 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +48,9 @@ class PageStore:
         self._sums = jax.jit(layouts.block_checksums, static_argnums=2)
 
     def _make_gathers(self, piece: NamedSharding, part: NamedSharding) -> None:
-        self._gather = jax.jit(layouts.gather_blocks, out_shardings=piece)
-        self._gather_part = jax.jit(layouts.gather_part, out_shardings=part)
+        fold = self.layout.fold
+        self._gather = jax.jit(partial(layouts.gather_blocks, fold=fold), out_shardings=piece)
+        self._gather_part = jax.jit(partial(layouts.gather_part, fold=fold), out_shardings=part)
 
     def place(self, array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         """Put an array onto the mesh of the pages."""
