@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 
-from jmemserve.kernels import BACKENDS, Ragged, attention_backend, fold_of, own_products
+from jmemserve.kernels import BACKENDS, Moves, Ragged, attention_backend, block_moves, fold_of, own_products
+from jmemserve.kernels import pages as by_xla
 from jmemserve.kernels.choice import Need, why_not
-from jmemserve.kernels.pages import PageLayout, gather_blocks, scatter_blocks
+from jmemserve.kernels.pages import PageLayout
 from jmemserve.kernels.rule import Rule
 
 LAYERS = 4  # of the pages: a layer's part of a page is not next to that of the next page
@@ -124,7 +125,9 @@ def runs(part: str, setting: Setting) -> Iterator[Callable[[], Row]]:
             for block in setting.blocks:
                 for count in setting.moves:
                     for way in ("gather", "scatter"):
-                        yield functools.partial(_move, setting, heads, block, count, way)
+                        yield functools.partial(_move, setting, heads, block, count, way, "xla", by_xla)
+                        if (best := block_moves(jax.devices()[:1])) is not by_xla:
+                            yield functools.partial(_move, setting, heads, block, count, way, "cpu", best)
             continue
         for batch, context in setting.decode if part == "decode" else [(1, tokens) for tokens in setting.prefill]:
             for block in setting.blocks:
@@ -204,19 +207,19 @@ def _attend(part: str, setting: Setting, heads: Heads, block: int, batch: int, c
     return Row(part, case, name, seconds, **work_of(part, setting, heads, batch, context))
 
 
-def _move(setting: Setting, heads: Heads, block: int, count: int, way: str) -> Row:
+def _move(setting: Setting, heads: Heads, block: int, count: int, way: str, by: str, moves: Moves) -> Row:
     layout = PageLayout(LAYERS, heads.kv_heads, block, heads.head_dim, setting.dtype)
-    pages = jnp.zeros((4 * count + 1, *layout.page_shape), setting.dtype)
+    held = jnp.zeros((4 * count + 1, *layout.page_shape), setting.dtype)
     index = jnp.asarray(np.random.default_rng(0).permutation(4 * count)[:count].astype(np.int32) + 1)
     if way == "gather":
-        gather = jax.jit(gather_blocks)
-        seconds = machine.median_seconds(lambda: gather(pages, index), setting.repeats)
+        gather = jax.jit(moves.gather_blocks)
+        seconds = machine.median_seconds(lambda: gather(held, index), setting.repeats)
     else:
         blocks = jnp.ones((count, *layout.page_shape), setting.dtype)
-        run = jax.jit(scatter_blocks, donate_argnums=0)
-        seconds = seconds_of(run, pages, (index, blocks), 1, setting.repeats)
+        run = jax.jit(moves.scatter_blocks, donate_argnums=0)
+        seconds = seconds_of(run, held, (index, blocks), 1, setting.repeats)
     moved = 2.0 * count * layout.bytes_per_block
-    return Row("moves", f"{way} {count} of {layout.bytes_per_block >> 10:,} KiB", "xla", seconds, bytes=moved)
+    return Row("moves", f"{way} {count} of {layout.bytes_per_block >> 10:,} KiB", by, seconds, bytes=moved)
 
 
 def _product(setting: Setting, rows: int, depth: int, columns: int, name: str) -> Row:
