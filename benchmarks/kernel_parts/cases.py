@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 
-from jmemserve.kernels import BACKENDS, Ragged, attention_backend, own_products
+from jmemserve.kernels import BACKENDS, Moves, Ragged, attention_backend, block_moves, fold_of, own_products
+from jmemserve.kernels import pages as by_xla
 from jmemserve.kernels.choice import Need, why_not
-from jmemserve.kernels.pages import PageLayout, gather_blocks, scatter_blocks
+from jmemserve.kernels.pages import PageLayout
 from jmemserve.kernels.rule import Rule
 
 LAYERS = 4  # of the pages: a layer's part of a page is not next to that of the next page
@@ -87,8 +88,8 @@ class Setting:
             return own(1, (tiny,), ((2, 40),), (32,), (16,), (4,), ((64, 64, 4),), names)
         if platform == "cpu":
             heads = Heads("125M", 4, 3, 64), Heads("8B", 8, 4, 128)
-            decode, moves = ((1, 1024), (8, 1024), (16, 256), (16, 1024), (4, 8192)), (16, 64)
-            products = tuple((768 * 4, 768, columns) for columns in (1, 8, 16, 64, 256, 1024))
+            decode, moves = ((1, 1024), (8, 1024), (16, 256), (2, 8192)), (16, 64)
+            products = tuple((768 * 4, 768, columns) for columns in (1, 8, 64, 512))
             return own(repeats, heads, decode, (256, 1024, 2048), (16, 64), moves, products, names)
         heads = Heads("8B", 8, 4, 128), Heads("13B", 40, 1, 128), Heads("1B", 8, 4, 64)
         decode = (1, 8192), (1, 32768), (8, 8192), (8, 32768), (64, 1024), (64, 4096), (256, 1024)
@@ -98,9 +99,15 @@ class Setting:
         big = 256 if self.platform == "cpu" else 2048
         if self.repeats == 1:
             big = 8
-        size = 256 if self.repeats == 1 else 2048 if self.platform == "cpu" else 8192
+        size = 256 if self.repeats == 1 else 1024 if self.platform == "cpu" else 8192
         read, copy = machine.read_bandwidth(big, self.repeats), machine.copy_bandwidth(big, self.repeats)
         return Peaks(read, copy, machine.matmul_rate(size, self.repeats, self.dtype))
+
+    def times(self, part: str, context: int) -> int:
+        """How often a kernel runs in one program: on CPU once where it takes so long that starting it is nothing."""
+        if self.repeats == 1 or (self.platform == "cpu" and part == "prefill" and context >= 1024):
+            return 1
+        return 4 if part == "prefill" else 10
 
     def need(self, heads: Heads, block: int) -> Need:
         kind = jax.devices()[0].device_kind
@@ -124,7 +131,9 @@ def runs(part: str, setting: Setting) -> Iterator[Callable[[], Row]]:
             for block in setting.blocks:
                 for count in setting.moves:
                     for way in ("gather", "scatter"):
-                        yield functools.partial(_move, setting, heads, block, count, way)
+                        yield functools.partial(_move, setting, heads, block, count, way, "xla", by_xla)
+                        if (best := block_moves(jax.devices()[:1])) is not by_xla:
+                            yield functools.partial(_move, setting, heads, block, count, way, "cpu", best)
             continue
         for batch, context in setting.decode if part == "decode" else [(1, tokens) for tokens in setting.prefill]:
             for block in setting.blocks:
@@ -163,14 +172,14 @@ def seconds_of(run: Callable, carry, rest: tuple, times: int, repeats: int) -> f
     return machine.median_seconds(once, repeats) / times
 
 
-def make_batch(setting: Setting, heads: Heads, block: int, batch: int, context: int, new: int):
+def make_batch(setting: Setting, heads: Heads, block: int, batch: int, context: int, new: int, fold: int = 1):
     """(q, k, v, pages, ragged) of rows that have ``context`` tokens, ``new`` of them new; pages in random order."""
     rng = np.random.default_rng(0)
     width = -(-context // block)
     layout = PageLayout(LAYERS, heads.kv_heads, block, heads.head_dim, setting.dtype)
-    pages = jax.jit(lambda key: jax.random.normal(key, (1 + batch * width, *layout.page_shape), setting.dtype))(
-        jax.random.key(0)
-    )
+    page = (*layout.page_shape[:-2], block // fold, heads.head_dim * fold)
+    few = jax.random.normal(jax.random.key(0), (16, *page), setting.dtype)  # random numbers for all would take longest
+    pages = few[np.arange(1 + batch * width) % len(few)]
     tables = 1 + rng.permutation(batch * width).astype(np.int32).reshape(batch, width)
     place = np.tile(np.arange(context - new, context, dtype=np.int32), batch)
     row = np.repeat(np.arange(batch), new)
@@ -190,9 +199,9 @@ def _attend(part: str, setting: Setting, heads: Heads, block: int, batch: int, c
     if (reason := why_not(name, setting.need(heads, block))) is not None:
         raise Skipped(f"{name}: {reason}")
     new = 1 if part == "decode" else context
-    q, k, v, pages, ragged = make_batch(setting, heads, block, batch, context, new)
+    q, k, v, pages, ragged = make_batch(setting, heads, block, batch, context, new, fold_of(name, heads.head_dim))
     kernel, rule = attention_backend(name), Rule(heads.head_dim**-0.5)
-    times = 1 if setting.repeats == 1 else 4 if part == "prefill" else 10
+    times = setting.times(part, context)
 
     def step(carry, k, v, ragged):
         out, pages = kernel(carry[0], k, v, carry[1], 1, ragged, rule)
@@ -205,26 +214,26 @@ def _attend(part: str, setting: Setting, heads: Heads, block: int, batch: int, c
     return Row(part, case, name, seconds, **work_of(part, setting, heads, batch, context))
 
 
-def _move(setting: Setting, heads: Heads, block: int, count: int, way: str) -> Row:
+def _move(setting: Setting, heads: Heads, block: int, count: int, way: str, by: str, moves: Moves) -> Row:
     layout = PageLayout(LAYERS, heads.kv_heads, block, heads.head_dim, setting.dtype)
-    pages = jnp.zeros((4 * count + 1, *layout.page_shape), setting.dtype)
+    held = jnp.zeros((4 * count + 1, *layout.page_shape), setting.dtype)
     index = jnp.asarray(np.random.default_rng(0).permutation(4 * count)[:count].astype(np.int32) + 1)
     if way == "gather":
-        gather = jax.jit(gather_blocks)
-        seconds = machine.median_seconds(lambda: gather(pages, index), setting.repeats)
+        gather = jax.jit(moves.gather_blocks)
+        seconds = machine.median_seconds(lambda: gather(held, index), setting.repeats)
     else:
         blocks = jnp.ones((count, *layout.page_shape), setting.dtype)
-        run = jax.jit(scatter_blocks, donate_argnums=0)
-        seconds = seconds_of(run, pages, (index, blocks), 1, setting.repeats)
+        run = jax.jit(moves.scatter_blocks, donate_argnums=0)
+        seconds = seconds_of(run, held, (index, blocks), 1, setting.repeats)
     moved = 2.0 * count * layout.bytes_per_block
-    return Row("moves", f"{way} {count} of {layout.bytes_per_block >> 10:,} KiB", "xla", seconds, bytes=moved)
+    return Row("moves", f"{way} {count} of {layout.bytes_per_block >> 10:,} KiB", by, seconds, bytes=moved)
 
 
 def _product(setting: Setting, rows: int, depth: int, columns: int, name: str) -> Row:
     product = own_products(name) if name else None
-    rng = np.random.default_rng(0)
-    weights = [jnp.asarray(rng.normal(size=(rows, depth)), setting.dtype) for _ in range(1 if rows < 100 else 24)]
-    x = jnp.asarray(rng.normal(size=(depth, columns)), setting.dtype)
+    weight = jax.random.normal(jax.random.key(0), (rows, depth), setting.dtype)
+    weights = [weight + number for number in range(1 if rows < 100 else 12)]  # more than caches hold
+    x = jax.random.normal(jax.random.key(1), (depth, columns), setting.dtype)
     used = jnp.int32(columns)
 
     @jax.jit

@@ -20,7 +20,7 @@ def contiguous(part: str, setting: Setting, heads: Heads, batch: int, context: i
     k, v = (jax.random.normal(key, shape, setting.dtype) for _ in range(2))
     by = "cudnn" if setting.platform == "gpu" else "xla"
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=part == "prefill", implementation=by)
-    times = 1 if setting.repeats == 1 else 4
+    times = min(4, setting.times(part, context))
     seconds = seconds_of(repeated(lambda q, k, v: attend(q, k, v), times), q, (k, v), times, setting.repeats)
     case = f"{heads.name} {batch} x {context:,}" if part == "decode" else f"{heads.name} {context:,}"
     return Row(part, case, f"jax.nn, {by}", seconds, **work_of(part, setting, heads, batch, context))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmemserve.errors import ConfigError
-from jmemserve.kernels import Ragged, attention_backend
+from jmemserve.kernels import Ragged, attention_backend, fold_of
 from jmemserve.kernels.choice import Need
 from jmemserve.kernels.rule import Rule
 
@@ -35,6 +35,8 @@ def check_arithmetic(device: jax.Device, attention: str, need: Need) -> float:
     with jax.default_device(device):
         ragged = Ragged(*(jnp.asarray(x) for x in (position, slots, tables, np.array(CONTEXT, np.int32), starts)))
         given = (jnp.asarray(x) for x in (q.reshape(len(row), -1, need.head_dim), *kv[:, row, position]))
+        fold = fold_of(attention, need.head_dim)
+        pages = pages.reshape(*pages.shape[:-2], size // fold, need.head_dim * fold)
         laid = jnp.asarray(pages) if need.aggregated else (jnp.asarray(pages[:, 0]),)
         kernel = attention_backend(attention)
         run = jax.jit(lambda q, k, v, pages: kernel(q, k, v, pages, 0, ragged, Rule(scale))[0])

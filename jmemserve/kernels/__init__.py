@@ -17,6 +17,7 @@ tokens are written there.
 
 import dataclasses
 import importlib
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -91,3 +92,28 @@ def own_products(name: str) -> Products | None:
 def pair_tile(name: str) -> int:
     """Queries, and keys, that the attention of that name looks at in one go where a row has several new tokens."""
     return int(getattr(importlib.import_module(BACKENDS[name]), "TILE", 1))
+
+
+def fold_of(name: str, head_dim: int) -> int:
+    """Tokens of a block side by side in a row of the pages, as the attention of that name wants it (``pages.py``)."""
+    fold: Callable[[int], int] | None = getattr(importlib.import_module(BACKENDS[name]), "fold", None)
+    return 1 if fold is None else fold(head_dim)
+
+
+class Moves(Protocol):
+    """Copies blocks out of pages and into them, as the functions of these names in ``pages.py``."""
+
+    def gather_blocks(self, pages: Pages, indices: jax.Array, fold: int = 1) -> jax.Array: ...
+    def scatter_blocks(self, pages: Pages, indices: jax.Array, blocks: jax.Array) -> Pages: ...
+    def gather_part(self, pages: jax.Array, indices: jax.Array, *part: jax.Array, fold: int = 1) -> jax.Array: ...
+    def scatter_part(self, pages: jax.Array, indices: jax.Array, blocks: jax.Array, *part: jax.Array) -> jax.Array: ...
+
+
+def block_moves(devices: Sequence[jax.Device]) -> Moves:
+    """The fastest there is for pages on these devices: on one CPU the C++ library, if it was built, otherwise XLA."""
+    from jmemserve.kernels import pages
+    from jmemserve.kernels.cpu import library, moves
+
+    if len(devices) == 1 and devices[0].platform == "cpu" and library.is_there():
+        return moves
+    return pages

@@ -5,7 +5,10 @@
 
     L layer, 2 key or value ("half"), K kv head, C token in the block, H head dim
 
-Outside of the pages a block has the same shape in either layout: [L, 2, K, C, H].
+A layout may be folded: F tokens lie side by side in a row, [.., C/F, F * H] instead of [.., C, H], the same bytes in
+the same order. TPUs have it so where a head is smaller than a register is wide.
+
+Outside of the pages a block has the same shape in every layout: [L, 2, K, C, H].
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ Pages = jax.Array | tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PageLayout:
-    """What a block holds. Two pools can exchange blocks if all but ``aggregated`` is equal."""
+    """What a block holds. Two pools can exchange blocks if all is equal but how pages lie, the last two."""
 
     num_layers: int
     num_kv_heads: int
@@ -27,6 +30,7 @@ class PageLayout:
     head_dim: int
     dtype: str
     aggregated: bool = True  # how pages lie in device memory
+    fold: int = 1  # F, likewise
 
     @property
     def page_shape(self) -> tuple[int, ...]:
@@ -39,9 +43,10 @@ class PageLayout:
 
     def zeros(self, num_pages: int) -> Pages:
         """Empty pages."""
+        own = (2, self.num_kv_heads, self.block_size // self.fold, self.head_dim * self.fold)
         if self.aggregated:
-            return jnp.zeros((num_pages, *self.page_shape), self.dtype)
-        return tuple(jnp.zeros((num_pages, *self.page_shape[1:]), self.dtype) for _ in range(self.num_layers))
+            return jnp.zeros((num_pages, self.num_layers, *own), self.dtype)
+        return tuple(jnp.zeros((num_pages, *own), self.dtype) for _ in range(self.num_layers))
 
 
 def page_axes(aggregated: bool) -> tuple[str | None, ...]:
@@ -72,27 +77,40 @@ def write_kv(pages: Pages, layer: int, slots: jax.Array, k: jax.Array, v: jax.Ar
     return pages.at[page, layer, 1, :, offset].set(v.astype(pages.dtype))
 
 
-def gather_blocks(pages: Pages, indices: jax.Array) -> jax.Array:
+def gather_blocks(pages: Pages, indices: jax.Array, fold: int = 1) -> jax.Array:
     """Copy blocks out: indices i32[n] -> [n, L, 2, K, C, H]."""
-    return jnp.stack([own[indices] for own in pages], 1) if isinstance(pages, tuple) else pages[indices]
+    if isinstance(pages, tuple):
+        return _unfolded(jnp.stack([own[indices] for own in pages], 1), fold)
+    return _unfolded(pages[indices], fold)
 
 
 def scatter_blocks(pages: Pages, indices: jax.Array, blocks: jax.Array) -> Pages:
     """Copy blocks in; in place when ``pages`` is donated."""
     if isinstance(pages, tuple):
-        return tuple(own.at[indices].set(blocks[:, layer]) for layer, own in enumerate(pages))
-    return pages.at[indices].set(blocks)
+        return tuple(own.at[indices].set(_like(own, blocks[:, layer])) for layer, own in enumerate(pages))
+    return pages.at[indices].set(_like(pages, blocks))
 
 
-def gather_part(pages: jax.Array, indices: jax.Array, *part: jax.Array) -> jax.Array:
+def gather_part(pages: jax.Array, indices: jax.Array, *part: jax.Array, fold: int = 1) -> jax.Array:
     """Copy one layer's keys or values out: [n, K, C, H]. ``part``: (layer, half) of aggregated pages, (half,) of a
     layer's own."""
-    return pages[indices, *part]
+    return _unfolded(pages[indices, *part], fold)
 
 
 def scatter_part(pages: jax.Array, indices: jax.Array, blocks: jax.Array, *part: jax.Array) -> jax.Array:
     """Copy one layer's keys or values in; in place when ``pages`` is donated."""
-    return pages.at[indices, *part].set(blocks)
+    return pages.at[indices, *part].set(_like(pages, blocks))
+
+
+def _unfolded(blocks: jax.Array, fold: int) -> jax.Array:
+    """[..., C/F, F * H] -> [..., C, H]."""
+    *lead, rows, lanes = blocks.shape
+    return blocks.reshape(*lead, rows * fold, lanes // fold)
+
+
+def _like(pages: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Blocks [..., C, H] folded as the pages are."""
+    return blocks.reshape(*blocks.shape[:-2], *pages.shape[-2:])
 
 
 # -- checksums ---------------------------------------------------------------------------------------------------------

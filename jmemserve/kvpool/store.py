@@ -8,6 +8,7 @@ the pages; dispatch order is enough, so every call but ``checksums`` comes from 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import xxhash
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jmemserve.kernels import block_moves
 from jmemserve.kernels import pages as layouts
 from jmemserve.kernels.pages import PageLayout, Pages
 
@@ -40,15 +42,17 @@ class PageStore:
         self.pages: Pages = jax.jit(lambda: layout.zeros(num_blocks + 1), out_shardings=self.pages_sharding)()
         everywhere = NamedSharding(mesh, P())
         self._put = lambda numbers: self.place(np.asarray(numbers, np.int32), everywhere)
+        self._moves = block_moves(tuple(mesh.devices.flat))
         self._make_gathers(self.sharding, self.part_sharding)
-        self._scatter = jax.jit(layouts.scatter_blocks, donate_argnums=0, out_shardings=self.pages_sharding)
-        self._scatter_part = jax.jit(layouts.scatter_part, donate_argnums=0, out_shardings=self.pages_sharding)
+        self._scatter = jax.jit(self._moves.scatter_blocks, donate_argnums=0, out_shardings=self.pages_sharding)
+        self._scatter_part = jax.jit(self._moves.scatter_part, donate_argnums=0, out_shardings=self.pages_sharding)
         self._on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._sums = jax.jit(layouts.block_checksums, static_argnums=2)
 
     def _make_gathers(self, piece: NamedSharding, part: NamedSharding) -> None:
-        self._gather = jax.jit(layouts.gather_blocks, out_shardings=piece)
-        self._gather_part = jax.jit(layouts.gather_part, out_shardings=part)
+        fold = self.layout.fold
+        self._gather = jax.jit(partial(self._moves.gather_blocks, fold=fold), out_shardings=piece)
+        self._gather_part = jax.jit(partial(self._moves.gather_part, fold=fold), out_shardings=part)
 
     def place(self, array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
         """Put an array onto the mesh of the pages."""

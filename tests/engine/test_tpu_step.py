@@ -1,6 +1,5 @@
 """A prompt and some decoding by the compiled step with the TPU's kernels, simulated, beside the portable attention."""
 
-import jax
 import numpy as np
 import pytest
 from engine_driver import tiny_model
@@ -10,6 +9,7 @@ from jmemserve.config import LoadFormat, parse_mesh
 from jmemserve.engine.mesh import make_mesh
 from jmemserve.engine.orders import Order
 from jmemserve.engine.runner import Runner
+from jmemserve.kernels import fold_of
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool.store import PageStore
 from jmemserve.models import load_config, weights
@@ -37,22 +37,23 @@ def order_of(shape: StepShape, done: tuple[int, int], lengths: tuple[int, int], 
 
 
 @pytest.mark.slow  # simulating: a quarter of a minute
-def test_the_same_tokens_and_pages_as_by_xla(tmp_path) -> None:
-    folder = tiny_model(tmp_path, head_dim=128, num_attention_heads=4)
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_the_same_tokens_and_pages_as_by_xla(tmp_path, head_dim: int) -> None:
+    folder = tiny_model(tmp_path, head_dim=head_dim, num_attention_heads=4)
     config, mesh = load_config(folder), make_mesh(parse_mesh("colocated")[0], 1)
-    layout = PageLayout(config.num_layers, config.num_kv_heads, SIZE, config.head_dim, "float32")
+    sizes = (config.num_layers, config.num_kv_heads, SIZE, config.head_dim, "float32")
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, sum(PROMPTS))
     chosen, pages = {}, {}
     for backend in ("xla", "tpu"):
         graph, state = weights.load(folder, LoadFormat.DUMMY, config, "float32", mesh, 0, lambda done, total: None)
-        store = PageStore(layout, 7, mesh)
+        store = PageStore(PageLayout(*sizes, fold=fold_of(backend, config.head_dim)), 7, mesh)
         runner = Runner(graph, state, store, mesh, (ONES, PACKED), config.vocab_size, SIZE * WIDTH, backend)
         with pltpu.force_tpu_interpret_mode():
             chosen[backend] = [np.asarray(runner.enqueue(order_of(PACKED, (0, 0), PROMPTS, prompts))[0])]
             for step in range(STEPS):
                 done = PROMPTS[0] + step, PROMPTS[1] + step
                 chosen[backend].append(np.asarray(runner.enqueue(order_of(ONES, done, (1, 1), None))[0]))
-        pages[backend] = np.asarray(jax.tree.leaves(store.pages)[0])[1:]  # page 0 is nobody's
+        pages[backend] = np.concatenate([store.gather([number]) for number in range(1, 8)])
     np.testing.assert_array_equal(chosen["tpu"], chosen["xla"])
     np.testing.assert_allclose(pages["tpu"], pages["xla"], rtol=1e-4, atol=1e-5)
     assert np.abs(pages["tpu"][TABLES[:, 0] - 1]).min() > 0, "every slot of a full block has been written"

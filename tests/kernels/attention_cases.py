@@ -42,8 +42,10 @@ class Case:
     rows: Rows
     keys: list[np.ndarray]  # of each row: [2, context, K, H] in float64, as the pages hold them
 
-    def pages_of(self, aggregated: bool):
-        return self.pages if aggregated else tuple(self.pages[:, layer] for layer in range(self.pages.shape[1]))
+    def pages_of(self, aggregated: bool, fold: int = 1):
+        *lead, size, head = self.pages.shape
+        pages = self.pages.reshape(*lead, size // fold, head * fold)
+        return pages if aggregated else tuple(pages[:, layer] for layer in range(pages.shape[1]))
 
     @property
     def used(self) -> int:
@@ -117,6 +119,7 @@ def check(
     aggregated: bool = True,
     rtol: float = 2e-5,
     atol: float = 2e-6,
+    fold: int = 1,
 ) -> None:
     """Run a backend's ``attend`` on a case: outputs close to float64, new keys and values exactly where they belong,
     nothing else in the pages touched, and padding finite."""
@@ -126,11 +129,11 @@ def check(
         return attend(q, k, v, pages, case.layer, ragged, rule, sinks)
 
     given = None if sinks is None else jnp.asarray(sinks)
-    out, pages = call(case.q, case.k, case.v, case.pages_of(aggregated), case.ragged, given)
+    out, pages = call(case.q, case.k, case.v, case.pages_of(aggregated, fold), case.ragged, given)
     got = np.asarray(out).astype(np.float64)
     np.testing.assert_allclose(got[: case.used], expected(case, sizes, rule, sinks), rtol=rtol, atol=atol)
     assert np.isfinite(got).all(), "tokens of padding must be finite"
-    whole = np.asarray(pages if aggregated else jnp.stack(pages, 1))
+    whole = np.asarray(pages if aggregated else jnp.stack(pages, 1)).reshape(case.pages.shape)
     size, wanted = sizes.block, np.asarray(case.pages).copy()
     slots = np.asarray(case.ragged.slots)[: case.used]
     for half, new in enumerate((case.k, case.v)):

@@ -10,9 +10,9 @@ from attention_cases import Rows, Sizes, check, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmemserve.kernels import cpu
+from jmemserve.kernels import block_moves, cpu, pages
 from jmemserve.kernels.choice import Need, why_not
-from jmemserve.kernels.cpu import library
+from jmemserve.kernels.cpu import library, moves
 
 try:
     ISAS = [isa for isa in ("base", "avx2", "avx512", "avx512bf16", "neon") if library.instruction_set(isa)]
@@ -135,3 +135,54 @@ def test_numbers_that_lead_outside_of_the_pages_are_refused(slot: int, table: in
         jax.block_until_ready(
             cpu.attend(zeros, zeros, zeros, jnp.zeros((3, 1, 2, 2, 16, 8)), 0, places, Sizes().rule())
         )
+
+
+# -- moves of blocks ---------------------------------------------------------------------------------------------------
+
+
+def blocks_like(shape: tuple[int, ...], dtype: str) -> jax.Array:
+    raw = np.random.default_rng(3).integers(0, 256, (*shape[:-1], shape[-1] * jnp.dtype(dtype).itemsize), np.uint8)
+    return jnp.asarray(raw.view(jnp.dtype(dtype)))
+
+
+def same_bytes(one: pages.Pages, other: pages.Pages) -> None:
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("sizes", [(3, 2, 4, 8), (2, 3, 7, 5), (4, 8, 64, 128)], ids=["small", "odd", "streamed"])
+def test_blocks_are_moved_as_by_xla(sizes: tuple[int, ...], dtype: str) -> None:
+    layers, *own = sizes
+    whole = blocks_like((13, layers, 2, *own), dtype)
+    discrete = tuple(whole[:, layer] for layer in range(layers))
+    numbers, part = jnp.array([7, 1, 12, 3]), (jnp.int32(1), jnp.int32(0))
+    blocks = blocks_like((4, layers, 2, *own), dtype)
+    for held in (whole, discrete):
+        same_bytes(jax.jit(moves.gather_blocks)(held, numbers), pages.gather_blocks(held, numbers))
+        expected = pages.scatter_blocks(held, numbers, blocks)
+        same_bytes(jax.jit(moves.scatter_blocks)(held, numbers, blocks), expected)
+    for held, index in ((whole, part), (discrete[1], part[1:])):
+        some = blocks[:, 0, 0]
+        same_bytes(jax.jit(moves.gather_part)(held, numbers, *index), pages.gather_part(held, numbers, *index))
+        expected = pages.scatter_part(held, numbers, some, *index)
+        same_bytes(jax.jit(moves.scatter_part)(held, numbers, some, *index), expected)
+
+
+def test_blocks_are_scattered_in_place() -> None:
+    held = tuple(jnp.zeros((9, 2, 2, 4, 8)) for _ in range(3))
+    where = [array.unsafe_buffer_pointer() for array in held]
+    scatter = jax.jit(moves.scatter_blocks, donate_argnums=0)
+    after = scatter(held, jnp.array([2, 5]), jnp.ones((2, 3, 2, 2, 4, 8)))
+    assert [array.unsafe_buffer_pointer() for array in after] == where
+
+
+def test_a_block_outside_of_the_pages_is_an_error() -> None:
+    for number in (-1, 5):
+        with pytest.raises(Exception, match="outside of the pages"):
+            jax.block_until_ready(jax.jit(moves.gather_blocks)(jnp.zeros((5, 1, 2, 1, 4, 8)), jnp.array([1, number])))
+
+
+def test_one_cpu_moves_blocks_by_the_library_and_several_do_not() -> None:
+    assert block_moves(jax.devices()[:1]) is moves and block_moves(jax.devices()[:2]) is pages

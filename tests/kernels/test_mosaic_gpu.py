@@ -39,8 +39,10 @@ def run(rows: Rows, sizes: Sizes, padding: tuple[int, int] = (0, 0), aggregated:
         (Sizes(2, 1, 128, 2, 16, "bfloat16"), {}),
         (Sizes(1, 4, 64, 2, 64, "float16"), {"window": 50}),
         (Sizes(1, 16, 64, 2, 256, "bfloat16"), {"soft_cap": 2.0}),
+        (Sizes(1, 2, 256, 2, 16, "bfloat16"), {"window": 40, "soft_cap": 2.0}),
+        (Sizes(2, 1, 80, 2, 16, "float16"), {}),
     ],
-    ids=["heads", "window", "large blocks"],
+    ids=["heads", "window", "large blocks", "gemma", "swizzle of 32"],
 )
 def test_one_token_per_row(sizes: Sizes, rule: dict) -> None:
     run([(130, 1), (64, 1), (3, 1)], sizes, (1, 1), **rule)
@@ -57,8 +59,10 @@ def test_a_long_row_is_split(window: int | None) -> None:
     [
         ([(70, 1), (140, 40), (9, 2), (3, 3)], Sizes(1, 3, 64, 2, 16, "bfloat16"), True, {"window": 60}),
         ([(200, 150), (1, 1)], Sizes(2, 1, 128, 2, 32, "float16"), False, {}),
+        ([(90, 70), (1, 1)], Sizes(1, 2, 256, 2, 16, "bfloat16"), True, {"window": 50}),
+        ([(70, 9), (130, 1)], Sizes(1, 1, 96, 2, 32, "float16"), True, {"soft_cap": 2.0}),
     ],
-    ids=["parts of rows in a tile", "a row in two tiles"],
+    ids=["parts of rows in a tile", "a row in two tiles", "gemma", "swizzle of 64"],
 )
 def test_mixed_batch(rows: Rows, sizes: Sizes, aggregated: bool, rule: dict) -> None:
     run(rows, sizes, (3, 1), aggregated, **rule)
@@ -94,6 +98,7 @@ def lowered(tokens: int, rows: int, heads: tuple[int, int, int], size: int, dtyp
 
 
 LLAMA_3_8B, LLAMA_2_13B, QWEN_3_8B, SMALL_HEADS = (8, 4, 128), (40, 1, 128), (8, 4, 128), (2, 7, 64)
+GEMMA_2_9B, PHI_3, PHI_2, WIDE_HEADS = (8, 2, 256), (32, 1, 96), (32, 1, 80), (4, 2, 192)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 256])
@@ -101,6 +106,14 @@ LLAMA_3_8B, LLAMA_2_13B, QWEN_3_8B, SMALL_HEADS = (8, 4, 128), (40, 1, 128), (8,
 def test_decode_lowers(heads: tuple[int, int, int], rows: int) -> None:
     text = lowered(rows, rows, heads, 16, "bfloat16", 512)
     assert text.count("custom_call @mosaic_gpu") == 1 and text.count("wgmma.mma_async") == 2
+
+
+@pytest.mark.parametrize("heads", [GEMMA_2_9B, PHI_3, PHI_2, WIDE_HEADS], ids=["gemma 2", "phi 3", "phi 2", "192"])
+def test_other_head_dims_lower(heads: tuple[int, int, int]) -> None:
+    for rows in (1, 64):
+        assert lowered(rows, rows, heads, 16, "bfloat16", 512).count("custom_call @mosaic_gpu") == 1
+    text = lowered(2048, 64, heads, 16, "bfloat16", 512, window=4096, soft_cap=50.0)
+    assert text.count("custom_call @mosaic_gpu") == 2
 
 
 @pytest.mark.parametrize(
@@ -148,11 +161,12 @@ def test_hopper_gets_it_and_others_do_not() -> None:
         {"device_kind": "NVIDIA B200"},
         {"platform": "cpu"},
         {"dtype": "float32"},
-        {"head_dim": 96},
+        {"head_dim": 72},
+        {"head_dim": 512},
         {"block_size": 8},
         {"block_size": 48},
         {"group": 128},
     ]
     for other in others:
         assert mosaic_gpu.why_not(dataclasses.replace(NEED, **other)), other
-    assert choose("auto", dataclasses.replace(NEED, head_dim=96)).name == "xla"
+    assert choose("auto", dataclasses.replace(NEED, head_dim=72)).name == "xla"

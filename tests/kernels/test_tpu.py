@@ -30,7 +30,7 @@ def run(rows: Rows, sizes: Sizes, padding: int = 0, aggregated: bool = True, sin
     extra = rng.normal(size=sizes.kv_heads * sizes.group).astype(np.float32) * 3 if sinks else None
     rule = sizes.rule(more.get("window"), more.get("soft_cap"))
     close = {"rtol": 3e-2, "atol": 3e-2} if sizes.dtype == "bfloat16" else {}
-    check(SIMULATED, case, sizes, rule, extra, aggregated, **close)
+    check(SIMULATED, case, sizes, rule, extra, aggregated, fold=tpu.fold(sizes.head), **close)
 
 
 @pytest.mark.parametrize("aggregated", [True, False], ids=["aggregated", "discrete"])
@@ -52,6 +52,19 @@ def test_a_tile_that_ends_within_a_row() -> None:
 
 def test_bfloat16_with_more_heads_than_are_worked_on_together() -> None:
     run([(33, 1), (20, 18)], Sizes(4, 1, 128, block=32, dtype="bfloat16"), padding=1, sinks=True)
+
+
+@pytest.mark.parametrize("aggregated", [True, False], ids=["aggregated", "discrete"])
+def test_two_tokens_in_a_row(aggregated: bool) -> None:
+    run([(40, 1), (21, 21), (61, 4)], Sizes(2, 2, 64, block=16), padding=3, aggregated=aggregated)
+
+
+def test_two_tokens_in_a_row_with_window_soft_cap_and_sinks() -> None:
+    run([(39, 1), (62, 33)], Sizes(1, 3, 64, block=16, dtype="bfloat16"), window=13, soft_cap=2.0, sinks=True)
+
+
+def test_four_tokens_in_a_row_and_one_new_of_each_sequence() -> None:
+    run([(70, 1), (33, 1), (1, 1)], Sizes(2, 1, 32, block=32), padding=1)
 
 
 def test_no_token_at_all() -> None:
@@ -88,7 +101,8 @@ def lowered(
     ragged = Ragged(*(of(shape, jnp.int32) for shape in ints))
     num_heads = sizes.kv_heads * sizes.group
     q, k = (of((t, heads, sizes.head), sizes.dtype) for heads in (num_heads, sizes.kv_heads))
-    page = (2, sizes.kv_heads, sizes.block, sizes.head)
+    fold = tpu.fold(sizes.head)
+    page = (2, sizes.kv_heads, sizes.block // fold, sizes.head * fold)
     pages = of((num_pages, sizes.layers, *page), sizes.dtype)
     laid = pages if aggregated else tuple(of((num_pages, *page), sizes.dtype) for _ in range(sizes.layers))
 
@@ -115,7 +129,16 @@ def test_lowers_at_the_sizes_of_real_models(sizes: Sizes, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("aggregated", [True, False], ids=["aggregated", "discrete"])
-@pytest.mark.parametrize("sizes", [Sizes(2, 7, 128, 2, 8), Sizes(4, 2, 256, 2, 256, "bfloat16")], ids=["f32", "h256"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(2, 7, 128, 2, 8),
+        Sizes(4, 2, 256, 2, 256, "bfloat16"),
+        Sizes(8, 8, 64, 2, 16, "bfloat16"),
+        Sizes(8, 1, 32, 2, 32),
+    ],
+    ids=["f32", "h256", "h64", "h32"],
+)
 def test_lowers_other_sizes(sizes: Sizes, aggregated: bool) -> None:
     assert "tpu_custom_call" in lowered(sizes, 8, 200, sinks=True, aggregated=aggregated)
 
@@ -160,8 +183,22 @@ def test_it_is_the_first_choice_on_a_tpu() -> None:
     assert choose("auto", NEED).name == "tpu"
 
 
+@pytest.mark.parametrize("block", [16, 32, 128])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_other_head_dims_are_served(head_dim: int, block: int) -> None:
+    assert choose("auto", dataclasses.replace(NEED, head_dim=head_dim, block_size=block)).name == "tpu"
+
+
 @pytest.mark.parametrize(
-    "other", [{"platform": "gpu"}, {"dtype": "float16"}, {"head_dim": 64}, {"block_size": 8}], ids=str
+    "other",
+    [
+        {"platform": "gpu"},
+        {"dtype": "float16"},
+        {"head_dim": 80},
+        {"block_size": 24},
+        {"head_dim": 64, "block_size": 8},
+    ],
+    ids=str,
 )
 def test_what_it_cannot_serve_it_refuses(other: dict) -> None:
     need = dataclasses.replace(NEED, **other)

@@ -18,8 +18,8 @@ def mesh_of(tp: int, first: int = 0) -> Mesh:
     return Mesh(np.array(jax.devices()[first : first + tp]), ("model",))
 
 
-def layout_of(dtype: str = "float32", aggregated: bool = True) -> PageLayout:
-    return PageLayout(3, 4, 8, 4, dtype, aggregated)
+def layout_of(dtype: str = "float32", aggregated: bool = True, fold: int = 1) -> PageLayout:
+    return PageLayout(3, 4, 8, 4, dtype, aggregated, fold)
 
 
 def random_blocks(n: int, dtype: str = "float32", seed: int = 0) -> np.ndarray:
@@ -76,10 +76,11 @@ def test_cpu_takes_plain_memory() -> None:
 
 
 @pytest.mark.parametrize("aggregated", [True, False])
-@pytest.mark.parametrize("tp", [1, 2])
-def test_pages(aggregated: bool, tp: int) -> None:
-    layout = layout_of(aggregated=aggregated)
+@pytest.mark.parametrize("tp, fold", [(1, 1), (2, 1), (1, 4), (2, 2)])
+def test_pages(aggregated: bool, tp: int, fold: int) -> None:
+    layout = layout_of(aggregated=aggregated, fold=fold)
     store, blocks = PageStore(layout, 20, mesh_of(tp)), random_blocks(4)
+    assert jax.tree.leaves(store.pages)[0].shape[-2:] == (8 // fold, 4 * fold)
     assert store.nbytes == 21 * layout.bytes_per_block
     store.scatter([4, 2, 9, 20], store.to_device(blocks))
     same(store.gather([20, 2, 4, 9]), blocks[[3, 1, 0, 2]])

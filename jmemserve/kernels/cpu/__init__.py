@@ -1,4 +1,4 @@
-"""Paged attention and products for CPUs, in C++ through XLA's foreign functions: see ``native/``.
+"""Paged attention, products and moves of blocks for CPUs, in C++ through XLA's foreign functions: see ``native/``.
 
 New keys and values are written and attended to in one call, which leaves the pages where they are. Work is cut in ways
 that depend on a row alone, so a token's result does not depend on who shares the batch. Columns of padding are not

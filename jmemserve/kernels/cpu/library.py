@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-HANDLERS = ("jmemserve_attend", "jmemserve_product")
+HANDLERS = ("jmemserve_attend", "jmemserve_gather", "jmemserve_product", "jmemserve_scatter")
 _FOLDER = Path(__file__).parent
 
 
@@ -39,6 +39,15 @@ def instruction_set(wanted: str = "") -> str | None:
     """The best set of instructions that processor and library have, or the one of that name; None if not there."""
     name: bytes | None = load().jmemserve_isa(wanted.encode())
     return name.decode() if name is not None else None
+
+
+def is_there() -> bool:
+    """Can this process use the library?"""
+    try:
+        load()
+    except Missing:
+        return False
+    return True
 
 
 def describe() -> str:

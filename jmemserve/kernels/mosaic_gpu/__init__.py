@@ -28,9 +28,20 @@ from jmemserve.kernels.pages import Pages, page_sizes, write_kv
 from jmemserve.kernels.rule import Rule
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # as JAX names them: "NVIDIA H100 80GB HBM3"
-HEADS = (64, 128)  # head dims whose tiles fit registers and swizzles
+HEADS = (*range(16, 128, 16), *range(128, 257, 32))  # head dims whose tiles fit swizzles, registers, shared memory
 TILE = 128  # query rows, and keys, of one go of a thread block where rows have several tokens
-DECODE_SPAN, DECODE_SLOTS = 64, 4  # 128 kB of keys and values on their way to each multiprocessor
+WIDE = 128  # head dims above it have fewer keys in a go, for registers and shared memory
+DECODE_SPAN = 64  # keys of one go where rows have one token
+
+
+def _decode_slots(head_dim: int) -> int:
+    """At most 128 kB of keys and values are on their way to each multiprocessor."""
+    return max(2, min(4, (128 << 10) // (DECODE_SPAN * head_dim * 4)))
+
+
+def _tile_span(head_dim: int) -> int:
+    """Keys of one go of a tile of queries."""
+    return TILE if head_dim <= WIDE else TILE // 2
 
 
 def why_not(need: Need) -> str | None:
@@ -42,7 +53,7 @@ def why_not(need: Need) -> str | None:
     if need.dtype not in ("bfloat16", "float16"):
         return f"tensor cores multiply bfloat16 and float16, not {need.dtype}"
     if need.head_dim not in HEADS:
-        return f"its tiles hold head dims of 64 and 128, not {need.head_dim}"
+        return f"its tiles hold multiples of 16, above 128 of 32, up to 256, not a head dim of {need.head_dim}"
     if need.block_size % 16 or (need.block_size & (need.block_size - 1)) or need.block_size > 256:
         return f"it copies blocks of 16, 32, 64, 128 or 256 tokens, not {need.block_size}"
     if need.group > ROWS:
@@ -83,7 +94,7 @@ def attend(
     kv = own.reshape(-1, size, head_dim)  # no copy: all but the last two axes are one
     tables = jnp.pad(ragged.tables, ((0, 0), (0, -ragged.tables.shape[1] % max(1, TILE // size))))
     grouped = q.astype(own.dtype).reshape(num_tokens, kv_heads, num_heads // kv_heads, head_dim)
-    ones = partial(one_token_rows, plan(span=DECODE_SPAN, slots=DECODE_SLOTS, warpgroups=1))
+    ones = partial(one_token_rows, plan(span=DECODE_SPAN, slots=_decode_slots(head_dim), warpgroups=1))
     if num_tokens == num_rows:  # the shape of a step in which every row has one token
         out, lse = ones(grouped, kv, tables, ragged.context)
         return _finished(out, lse, sinks, q), pages
@@ -91,7 +102,8 @@ def attend(
     single = lengths == 1
     first = jnp.minimum(ragged.starts[:-1], num_tokens - 1)
     one_out, one_lse = ones(grouped[first], kv, tables, jnp.where(single, ragged.context, 0))
-    out, lse = many_token_rows(plan(span=TILE, slots=2, warpgroups=2), grouped, kv, tables, ragged, least=2)
+    tiled = plan(span=_tile_span(head_dim), slots=2, warpgroups=2)
+    out, lse = many_token_rows(tiled, grouped, kv, tables, ragged, least=2)
     target = jnp.where(single, first, num_tokens)
     out = out.at[target].set(one_out.astype(out.dtype), mode="drop")
     lse = lse.at[target].set(one_lse, mode="drop")

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmemserve.kernels.mosaic_gpu.call import launch
 from jmemserve.kernels.mosaic_gpu.tiles import (
+    COLUMNS,
     NEVER,
     ROWS,
     Plan,
@@ -71,13 +72,17 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
                 plan, ring, q_smem, limit, low, context, first, last, nothing_yet(plan), jnp.int32(0)
             )
             out, lse = finish(plan, state)
-            out_smem[...] = out.astype(out_dtype)
             lse_smem[...] = lse
-            plgpu.commit_smem()
+            for part, columns in zip(out, plan.parts, strict=True):
+                held = out_smem.at[:, pl.ds(0, columns.size)]
+                plgpu.wait_smem_to_gmem(0)  # of the part before
+                held[...] = part.astype(out_dtype)
+                plgpu.commit_smem()
 
-            @pl.when((first < last) | (splits == 1))  # what nobody wrote, ``combine`` does not look at
-            def mixed_values():
-                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, padded)], out_ref.at[split, row, head])
+                @pl.when((first < last) | (splits == 1))  # what nobody wrote, ``combine`` does not look at
+                def mixed_values(held=held, columns=columns):
+                    target = out_ref.at[split, row, head, :, columns]
+                    plgpu.copy_smem_to_gmem(held.at[pl.ds(0, padded)], target)
 
             plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, padded)], lse_ref.at[split, row, head])
             plgpu.wait_smem_to_gmem(0)
@@ -89,7 +94,7 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
         out=[jax.ShapeDtypeStruct((*shape, plan.head), out_dtype), jax.ShapeDtypeStruct(shape, jnp.float32)],
         scratch=[
             plan.swizzled((ROWS, plan.head), plan.dtype),
-            plan.swizzled((ROWS, plan.head), out_dtype),
+            plan.swizzled((ROWS, min(plan.head, COLUMNS)), out_dtype),
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(),
             *plan.ring(),

@@ -90,7 +90,8 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
             start = (*nothing_yet(plan), jnp.int32(0))
             *state, _ = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, start)
             out, lse = finish(plan, tuple(state))
-            queries[...] = out.astype(plan.dtype)
+            for part, columns in zip(out, plan.parts, strict=True):
+                queries[:, columns] = part.astype(plan.dtype)
             lse_smem[worker] = lse
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(queries, out_ref.at[head, here])

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmemserve.kernels.rule import Rule
 
 ROWS = 64  # query rows of a warpgroup
+COLUMNS = 128  # of a head that one product makes: its result and what it is added to are registers at the same time
 NEVER = -1e30  # a score that is never seen; finite, so that rows that see nothing stay finite
 _LOG2E = math.log2(math.e)
 _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for every row of a tile
@@ -45,10 +46,17 @@ class Plan:
         """TMA copies, of keys or of values, that fill a span."""
         return max(1, self.span // self.size)
 
+    @property
+    def parts(self) -> list:
+        """The columns of a head, in slices that are computed one after another."""
+        return [pl.ds(start, min(COLUMNS, self.head - start)) for start in range(0, self.head, COLUMNS)]
+
     def swizzled(self, shape: tuple[int, ...], dtype: jnp.dtype):
-        """Shared memory as wgmma wants its operands."""
-        tiling = (8, 128 // jnp.dtype(dtype).itemsize)
-        transforms = plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+        """Shared memory as wgmma wants its operands: in tiles as wide as a swizzle, of which a row has whole ones."""
+        itemsize = jnp.dtype(dtype).itemsize
+        swizzle = next(wide for wide in (128, 64, 32) if shape[-1] * itemsize % wide == 0)
+        tiling = (8, swizzle // itemsize)
+        transforms = plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
     def ring(self) -> list:
@@ -105,8 +113,11 @@ def wait_for_last(plan: Plan, ring, step):
 
 
 def nothing_yet(plan: Plan):
-    """The softmax before any key: (mixed values [64, H], top score [64], mass [64]), all f32, scores in log2."""
-    mixed = plgpu.layout_cast(jnp.zeros((ROWS, plan.head), jnp.float32), plgpu.Layout.WGMMA)
+    """The softmax before any key, all f32, scores in log2: (mixed values [64, columns] of each of ``plan.parts``, top
+    score [64], mass [64])."""
+    mixed = tuple(
+        plgpu.layout_cast(jnp.zeros((ROWS, part.size), jnp.float32), plgpu.Layout.WGMMA) for part in plan.parts
+    )
     top = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), _ROW)
     return mixed, top, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _ROW)
 
@@ -156,8 +167,10 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
 
         for held in held_weights:
             weights = _kept(held.at[worker], weights)
-        part = _product(weights, values.at[slot], plan.head)
-        mixed = mixed * lax.broadcast_in_dim(keep, (ROWS, plan.head), [0]) + part
+        mixed = tuple(
+            held * lax.broadcast_in_dim(keep, held.shape, [0]) + _product(weights, values.at[slot, :, part], part.size)
+            for held, part in zip(mixed, plan.parts, strict=True)
+        )
         plgpu.barrier_arrive(done.at[slot])
         return mixed, new_top, mass, step + 1
 
@@ -167,11 +180,12 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
 
 def _clean(plan: Plan, values, chunk, part: int, low, high):
     """Zero the values that nobody sees in one part, of 64 (for registers' sake), of span ``chunk``."""
-    shape = (ROWS, plan.head)
-    at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + (chunk * plan.span + part * ROWS)
-    held = values.at[pl.ds(part * ROWS, ROWS)]
-    kept = plgpu.layout_cast(held[...], plgpu.Layout.WGMMA)
-    held[...] = jnp.where((at >= low) & (at < high), kept, jnp.zeros(shape, plan.dtype))
+    for columns in plan.parts:
+        shape = (ROWS, columns.size)
+        at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + (chunk * plan.span + part * ROWS)
+        held = values.at[pl.ds(part * ROWS, ROWS), columns]
+        kept = plgpu.layout_cast(held[...], plgpu.Layout.WGMMA)
+        held[...] = jnp.where((at >= low) & (at < high), kept, jnp.zeros(shape, plan.dtype))
     plgpu.commit_smem()
 
 
@@ -193,7 +207,9 @@ def _kept(memory, weights):
 
 
 def finish(plan: Plan, state):
-    """-> (outputs f32 [64, H], log2 of the sum of exponentials [64], about ``NEVER`` where nothing is seen)."""
+    """-> (outputs f32 [64, columns] of each of ``plan.parts``, log2 of the sum of exponentials [64], about ``NEVER``
+    where nothing is seen)."""
     mixed, top, mass = state
     mass = jnp.maximum(mass, 1e-30)
-    return mixed / lax.broadcast_in_dim(mass, (ROWS, plan.head), [0]), top + jnp.log2(mass)
+    out = tuple(held / lax.broadcast_in_dim(mass, held.shape, [0]) for held in mixed)
+    return out, top + jnp.log2(mass)

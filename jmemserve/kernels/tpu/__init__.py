@@ -11,10 +11,19 @@ from jmemserve.kernels.choice import Need
 from jmemserve.kernels.pages import Pages
 from jmemserve.kernels.rule import Rule
 from jmemserve.kernels.tpu.kernel import Interpret, attend_pages
-from jmemserve.kernels.tpu.work import LANES, TILE, packing
+from jmemserve.kernels.tpu.work import LANES, SUBLANES, TILE, packing
 from jmemserve.kernels.tpu.write import write_pages
 
 __all__ = ["TILE", "attend", "why_not"]
+
+
+def fold(head_dim: int) -> int:
+    """Tokens of a page side by side in a row, see ``pages.py``: as many as fill the lanes of a register.
+
+    XLA lays rows of fewer lanes out with the number of the page innermost, rather than pad each to whole registers;
+    every step would copy the pool into the kernels' layout and back.
+    """
+    return max(1, LANES // head_dim)
 
 
 def why_not(need: Need) -> str | None:
@@ -23,14 +32,11 @@ def why_not(need: Need) -> str | None:
         return "it is for TPUs"
     if need.dtype not in ("float32", "bfloat16"):
         return f"it has float32 and bfloat16, not {need.dtype}"
-    # Smaller heads would compile, but XLA lays such pages out with their number innermost, rather than pad each row to
-    # whole registers: every step would copy the pool into the kernels' layout and back.
-    if need.head_dim % LANES:
-        return f"head_dim {need.head_dim} is no multiple of {LANES}, the lanes of a register"
-    if need.block_size % packing(need.dtype):
-        return (
-            f"block size {need.block_size} is no multiple of {packing(need.dtype)}, the rows of a {need.dtype} register"
-        )
+    if need.head_dim % LANES and LANES % need.head_dim:
+        return f"head_dim {need.head_dim} is neither a multiple nor a part of {LANES}, the lanes of a register"
+    rows, rest = divmod(need.block_size, fold(need.head_dim))
+    if rest or (rows != SUBLANES and rows % packing(need.dtype)):
+        return f"a {need.dtype} block of {need.block_size} tokens of head_dim {need.head_dim} does not fill registers"
     return None
 
 

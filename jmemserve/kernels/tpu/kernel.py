@@ -1,8 +1,11 @@
 """The attention kernel: a loop over items, in each a loop over spans of keys, with the next DMA always under way.
 
-    one page    [2, K', C, H]         K' kv heads (as many as VMEM allows) in one DMA
+    one page    [2, K', C/F, F * H]   K' kv heads (as many as VMEM allows) in one DMA; F tokens are folded into a row
     one span    as many pages as make SPAN keys; only those with a key that the item sees are read
     one item    rows = tokens x group of one kv head, against the span on the matrix unit; softmax online in float32
+
+Queries are repeated for each of the F places in a row. A product with keys takes those of one place, the others zeroed;
+the product of its weights with values is right in the lanes of that place, and all places are added up in the end.
 
 The grid goes over groups of kv heads, the items within are a loop whose length is known at run time.
 """
@@ -43,6 +46,8 @@ class _Plan:
     width: int  # pages of a row in the tables
     size: int  # tokens of a page
     per_span: int  # pages
+    fold: int  # tokens of a row
+    head: int  # H
     sinks: bool
 
     @property
@@ -59,7 +64,7 @@ def attend_pages(
     sinks: jax.Array | None,
     interpret: Interpret,
 ) -> jax.Array:
-    """q: [T, N, H]; pages: [P, *lead, 2, K, C, H] -> [T, N, H]; zero for tokens of padding.
+    """q: [T, N, H]; pages: [P, *lead, 2, K, C/F, F * H] -> [T, N, H]; zero for tokens of padding.
 
     A kernel has the tables of its rows in scalar memory. All of a step's fit but with many rows of a long context; then
     a kernel for some rows follows the other. Raises ValueError if those of one row do not fit.
@@ -92,22 +97,25 @@ def _attend_rows(
 ) -> jax.Array:
     """q: [T, N, H] of all rows; ragged: some rows -> [T, N, H]; tokens of others come back as anything."""
     _, num_heads, head_dim = q.shape
-    kv_heads, size = pages.shape[-3:-1]
+    kv_heads, rows_of_page, lanes = pages.shape[-3:]
+    fold = lanes // head_dim
+    size = rows_of_page * fold
     width = ragged.tables.shape[1]
     group = num_heads // kv_heads
     work = cut(ragged, sizes)
     per_span = min(max(1, SPAN // size), width)
     rows = sizes.tile * group
-    heads = _heads_together(kv_heads, rows, per_span * size, head_dim, q.dtype.itemsize, pages.dtype.itemsize)
-    plan = _Plan(lead, rule, group, heads, sizes.align, sizes.tile, width, size, per_span, sinks is not None)
+    heads = _heads_together(kv_heads, rows, per_span * rows_of_page, lanes, q.dtype.itemsize, pages.dtype.itemsize)
+    tile, with_sinks = sizes.tile, sinks is not None
+    plan = _Plan(lead, rule, group, heads, sizes.align, tile, width, size, per_span, fold, head_dim, with_sinks)
 
-    grouped = q[work.token].reshape(sizes.places, kv_heads, group, head_dim)
-    grouped = grouped.transpose(1, 0, 2, 3).reshape(kv_heads, sizes.places * group, head_dim)
+    grouped = jnp.tile(q, fold)[work.token].reshape(sizes.places, kv_heads, group, lanes)
+    grouped = grouped.transpose(1, 0, 2, 3).reshape(kv_heads, sizes.places * group, lanes)
     scratch = [
-        pltpu.VMEM((2, heads, rows, head_dim), q.dtype),  # queries
-        pltpu.VMEM((2, per_span, 2, heads, size, head_dim), pages.dtype),  # keys and values
-        pltpu.VMEM((heads, rows, head_dim), q.dtype),  # results on their way
-        pltpu.VMEM((heads, rows, head_dim), jnp.float32),  # sum of weights times values
+        pltpu.VMEM((2, heads, rows, lanes), q.dtype),  # queries
+        pltpu.VMEM((2, per_span, 2, heads, rows_of_page, lanes), pages.dtype),  # keys and values
+        pltpu.VMEM((heads, rows, lanes), q.dtype),  # results on their way
+        pltpu.VMEM((heads, rows, lanes), jnp.float32),  # sum of weights times values
         pltpu.VMEM((heads, rows, LANES), jnp.float32),  # greatest score
         pltpu.VMEM((heads, rows, LANES), jnp.float32),  # sum of weights
         pltpu.SemaphoreType.DMA((5,)),
@@ -135,13 +143,13 @@ def _attend_rows(
         name="paged_attention",
     )
     out = call(work.items, ragged.tables.reshape(-1), *operands)
-    out = out.reshape(kv_heads, sizes.places, group, head_dim)[:, work.place].transpose(1, 0, 2, 3)
+    out = out[..., :head_dim].reshape(kv_heads, sizes.places, group, head_dim)[:, work.place].transpose(1, 0, 2, 3)
     return out.reshape(q.shape)
 
 
-def _heads_together(kv_heads: int, rows: int, span: int, head_dim: int, q_bytes: int, kv_bytes: int) -> int:
+def _heads_together(kv_heads: int, rows: int, span: int, lanes: int, q_bytes: int, kv_bytes: int) -> int:
     """The most kv heads whose buffers fit; half of them at most, so that both cores of a chip that has two work."""
-    each = rows * (head_dim * (3 * q_bytes + 4) + 2 * LANES * 4) + 4 * span * head_dim * kv_bytes
+    each = rows * (lanes * (3 * q_bytes + 4) + 2 * LANES * 4) + 4 * span * lanes * kv_bytes
     most = max(1, min(_VMEM // each, kv_heads // 2))
     return max(n for n in range(1, most + 1) if kv_heads % n == 0)
 
@@ -200,34 +208,63 @@ def _kernel(items, tables, queries, pages, *rest, plan: _Plan) -> None:
 
         lax.fori_loop(begin, end, one, None)
 
+    def key_in_row(shape: tuple[int, int]):
+        """The number of the key that a lane belongs to, i32[rows of a span, lanes] from its first."""
+        key = lax.broadcasted_iota(jnp.int32, shape, 0) * plan.fold
+        return key if plan.fold == 1 else key + lax.broadcasted_iota(jnp.int32, shape, 1) // plan.head
+
+    def only(place: int, x):
+        """[rows, lanes] with zeros in the lanes of the other places in a row."""
+        if plan.fold == 1:
+            return x
+        lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        return jnp.where((lane >= place * plan.head) & (lane < (place + 1) * plan.head), x, 0)
+
     def look(item, span, slot, tokens: int) -> None:
         """Every head of an item at one span."""
         rows = tokens * plan.group
         position, low, high = bounds(item)
         # Rows are tokens times group: comparing row with key * group spares a division.
-        row = lax.broadcasted_iota(jnp.int32, (rows, plan.span), 0)
-        key = span * plan.span + lax.broadcasted_iota(jnp.int32, (rows, plan.span), 1)
-        seen = ((key - position) * plan.group <= row) & (key < high)
-        if window is not None:
-            seen &= (key - position + window) * plan.group > row
-        place = span * plan.span + lax.broadcasted_iota(jnp.int32, (plan.span, 1), 0)
-        is_value = (place >= low) & (place < high)  # anything else may be NaN
+        span_rows = plan.span // plan.fold
+        row = lax.broadcasted_iota(jnp.int32, (rows, span_rows), 0)
+        first = span * plan.span + lax.broadcasted_iota(jnp.int32, (rows, span_rows), 1) * plan.fold
+
+        def seen_at(place: int):
+            key = first + place
+            seen = ((key - position) * plan.group <= row) & (key < high)
+            return seen if window is None else seen & ((key - position + window) * plan.group > row)
+
+        seen = [seen_at(place) for place in range(plan.fold)]
+        key = span * plan.span + key_in_row((span_rows, mixed.shape[2] if plan.fold > 1 else 1))
+        is_value = (key >= low) & (key < high)  # anything else may be NaN
 
         def one_head(head) -> None:
             own = (head, pl.ds(0, rows))
             q = q_buffer[item % 2, head, pl.ds(0, rows)]
             keys, values = (_span_of(kv_buffer[slot, :, half, head]).astype(q.dtype) for half in (0, 1))
-            scores = _dot(q, keys, 1) * plan.rule.scale
-            if plan.rule.soft_cap is not None:
-                scores = plan.rule.soft_cap * jnp.tanh(scores / plan.rule.soft_cap)
-            scores = jnp.where(seen, scores, NEVER)
-            old_top = top[own][:, :1]
-            new_top = jnp.maximum(old_top, jnp.max(scores, 1, keepdims=True))
-            weights = jnp.where(seen, jnp.exp(scores - new_top), 0)
-            keep = jnp.exp(old_top - new_top)
             values = jnp.where(is_value, values, 0)
-            new_mass = mass[own][:, :1] * keep + jnp.sum(weights, 1, keepdims=True)
-            mixed[own] = mixed[own] * keep + _dot(weights.astype(values.dtype), values, 0)
+            if plan.fold > 1:  # a key that is seen may be beside one that is not
+                keys = jnp.where(is_value, keys, 0)
+
+            def scores_at(place: int):
+                scores = _dot(only(place, q), keys, 1) * plan.rule.scale
+                if plan.rule.soft_cap is not None:
+                    scores = plan.rule.soft_cap * jnp.tanh(scores / plan.rule.soft_cap)
+                return jnp.where(seen[place], scores, NEVER)
+
+            scores = [scores_at(place) for place in range(plan.fold)]
+            old_top = top[own][:, :1]
+            new_top = old_top
+            for some in scores:
+                new_top = jnp.maximum(new_top, jnp.max(some, 1, keepdims=True))
+            keep = jnp.exp(old_top - new_top)
+            new_mass = mass[own][:, :1] * keep
+            new_mixed = mixed[own] * keep
+            for place, some in enumerate(scores):
+                weights = jnp.where(seen[place], jnp.exp(some - new_top), 0)
+                new_mass += jnp.sum(weights, 1, keepdims=True)
+                new_mixed += only(place, _dot(weights.astype(values.dtype), values, 0))
+            mixed[own] = new_mixed
             top[own] = jnp.broadcast_to(new_top, (rows, LANES))
             mass[own] = jnp.broadcast_to(new_mass, (rows, LANES))
 
@@ -292,7 +329,10 @@ def _kernel(items, tables, queries, pages, *rest, plan: _Plan) -> None:
 
             def finish(head, carry):
                 own = (head, pl.ds(0, rows))
-                out_buffer[own] = (mixed[own] / jnp.maximum(mass[own][:, :1], 1e-30)).astype(out_buffer.dtype)
+                whole = mixed[own]
+                for place in range(1, plan.fold):
+                    whole += pltpu.roll(mixed[own], place * plan.head, 1)
+                out_buffer[own] = (whole / jnp.maximum(mass[own][:, :1], 1e-30)).astype(out_buffer.dtype)
                 return carry
 
             lax.fori_loop(0, plan.heads, finish, None)
@@ -310,7 +350,7 @@ def _kernel(items, tables, queries, pages, *rest, plan: _Plan) -> None:
 
 
 def _span_of(buffer: jax.Array) -> jax.Array:
-    """[pages, C, H] -> [pages * C, H]; free, as C is a multiple of a register's rows."""
+    """[pages, rows, lanes] -> [pages * rows, lanes]; free, as the rows are a multiple of a register's."""
     return buffer.reshape(-1, buffer.shape[-1])
 
 

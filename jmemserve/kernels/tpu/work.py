@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jmemserve.kernels import Ragged
 
 LANES = 128  # of a register
+SUBLANES = 8  # rows of a register, of 32-bit words; the least that memory is laid out in, of any type
 TILE = 128  # new tokens of an item, where a row has several
 _MAX_ROWS = 1024  # tokens times group of an item: what fits in VMEM beside the keys
 

@@ -29,10 +29,12 @@ def write_pages(
     ragged: Ragged,
     interpret: Interpret,
 ) -> jax.Array:
-    """k, v: [T, K, H]; pages: [P, *lead, 2, K, C, H] -> the same array with the new tokens in their slots."""
-    num_tokens, num_rows = k.shape[0], ragged.context.shape[0]
-    kv_heads, size, head_dim = pages.shape[-3:]
-    chunk = packing(pages.dtype.name)
+    """k, v: [T, K, H]; pages: [P, *lead, 2, K, C/F, F * H] -> the same array with the new tokens in their slots."""
+    num_tokens, num_rows, head_dim = k.shape[0], ragged.context.shape[0], k.shape[2]
+    kv_heads, rows_of_page, lanes = pages.shape[-3:]
+    fold = lanes // head_dim
+    rows = min(packing(pages.dtype.name), rows_of_page)
+    size, chunk = rows_of_page * fold, rows * fold  # tokens
     most = min(num_tokens, num_tokens // chunk + 2 * num_rows)
     number = jnp.arange(num_tokens, dtype=jnp.int32)
     used = ragged.starts[-1]
@@ -47,8 +49,8 @@ def write_pages(
 
     token = jnp.clip((first[:-1] - within)[:, None] + jnp.arange(chunk)[None], 0, num_tokens - 1)  # M, chunk
     new = jnp.stack((k, v), 1).astype(pages.dtype)[token]  # M, chunk, 2, K, H
-    new = new.transpose(0, 2, 3, 1, 4)
-    shape = (_RING, 2, kv_heads, chunk, head_dim)
+    new = new.transpose(0, 2, 3, 1, 4).reshape(most, 2, kv_heads, rows, lanes)
+    shape = (_RING, 2, kv_heads, rows, lanes)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(1,),
@@ -61,7 +63,7 @@ def write_pages(
         ],
     )
     call = pl.pallas_call(
-        functools.partial(_kernel, lead=lead, chunk=chunk),
+        functools.partial(_kernel, lead=lead, head_dim=head_dim),
         out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         grid_spec=grid,
         input_output_aliases={2: 0},
@@ -72,16 +74,17 @@ def write_pages(
     return call(items, new, pages)
 
 
-def _kernel(items, new, _, pages, fresh, mixed, semaphores, *, lead: tuple[int, ...], chunk: int) -> None:
-    """items: i32[4 * M + 1] in SMEM: page, chunk of it, first and end of the new rows of each; at last how many.
+def _kernel(items, new, _, pages, fresh, mixed, semaphores, *, lead: tuple[int, ...], head_dim: int) -> None:
+    """items: i32[4 * M + 1] in SMEM: page, chunk of it, first and end of the new tokens of each; at last how many.
 
     ``pages`` is the result, which is the operand.
     """
     total = items[items.shape[0] - 1]
+    rows, lanes = mixed.shape[-2:]
 
     def address(item):
-        start = pl.multiple_of(items[4 * item + 1] * chunk, chunk)
-        return pages.at[(items[4 * item], *lead, slice(None), slice(None), pl.ds(start, chunk))]
+        start = pl.multiple_of(items[4 * item + 1] * rows, rows)
+        return pages.at[(items[4 * item], *lead, slice(None), slice(None), pl.ds(start, rows))]
 
     def reads(item):
         slot = item % _RING
@@ -112,8 +115,10 @@ def _kernel(items, new, _, pages, fresh, mixed, semaphores, *, lead: tuple[int, 
         for copy in reads(item):
             copy.wait()
         slot = item % _RING
-        row = lax.broadcasted_iota(jnp.int32, mixed.shape[1:], 2)
-        is_new = (row >= items[4 * item + 2]) & (row < items[4 * item + 3])
+        token = lax.broadcasted_iota(jnp.int32, mixed.shape[1:], 2)
+        if lanes != head_dim:
+            token = token * (lanes // head_dim) + lax.broadcasted_iota(jnp.int32, mixed.shape[1:], 3) // head_dim
+        is_new = (token >= items[4 * item + 2]) & (token < items[4 * item + 3])
         mixed[slot] = jnp.where(is_new, fresh[slot], mixed[slot])
         back(item).start()
         return carry

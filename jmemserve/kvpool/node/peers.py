@@ -28,7 +28,8 @@ class Peers:
         self.transports = list(transports)
         self._blocks = blocks
         kinds = dataclasses.asdict(store.layout) | {"checksums": store.checksum_kind, "model": blocks.model}
-        kinds.pop("aggregated")  # how pages lie in memory is each side's own affair
+        for own_affair in ("aggregated", "fold"):  # how pages lie in memory
+            kinds.pop(own_affair)
         self.schema = ", ".join(f"{name}={value}" for name, value in kinds.items())
         self._peers: dict[str, Peer] = {}
 
