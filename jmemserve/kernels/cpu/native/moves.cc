@@ -20,7 +20,7 @@ namespace jmemserve {
 namespace {
 
 constexpr int64_t kPiece = 256 << 10;   // bytes that a thread copies in one go
-constexpr int64_t kStreamed = 4 << 20;  // bytes of a call from which on it goes around the caches
+constexpr int64_t kStreamed = 8 << 20;  // bytes of all blocks from which on they go around the caches
 constexpr int64_t kHugePage = 2 << 20;
 
 // Stores that go around the caches do not read first what they overwrite, a third of the traffic.
@@ -90,7 +90,7 @@ template <class To, class From>
 void copy_runs(ffi::ThreadPool& pool, const Runs& runs, const To& to_of, const From& from_of) {
   int64_t pieces = (runs.bytes + kPiece - 1) / kPiece;  // of a run; of short runs several make one piece
   int64_t together = std::max<int64_t>(1, kPiece / std::max<int64_t>(runs.bytes, 1));
-  bool streamed = runs.count * runs.bytes >= kStreamed;
+  bool streamed = runs.count * runs.places * runs.bytes >= kStreamed;
   auto copy = [&](char* to, const char* from, int64_t bytes) {
     if (streamed) copy_around_caches(to, from, bytes);
     else std::memcpy(to, from, bytes);
