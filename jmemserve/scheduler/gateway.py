@@ -125,6 +125,11 @@ class Gateway:
                 else:
                     unwanted.pop(event.request_id, None)
                 continue
+            if ticket.goes_on(instance, event):
+                ticket.failures = 0
+                ticket.generated += event.tokens
+                out.append(Event(ticket.outer_id, event.tokens, event.logprobs, start=event.start))
+                continue
             doubled += max(0, min(len(ticket.generated) - event.start, len(event.tokens)))
             if event.start not in ticket.early or event.finish is not None:
                 ticket.early[event.start] = instance, event
@@ -334,7 +339,7 @@ class Gateway:
         if event.tokens:
             ticket.failures = 0
             ticket.generated += event.tokens
-            ticket.first_token = ticket.first_token or now
+            ticket.heard, ticket.first_token = inner, ticket.first_token or now
             self.router.on_first_token(inner, now)
             self._shares.begin(ticket.outer_id)
         if event.finish is not None:

@@ -25,10 +25,21 @@ class Ticket:
     source: str | None = None  # the peer that sends blocks to the first home, which hears of the request after that
     source_until: float = 0.0
     decode: str = ""  # where the present attempt is to be decoded
+    heard: str = ""  # id of the newest attempt of which tokens were delivered
 
     @property
     def known(self) -> tuple[int, ...]:
         return (*self.request.prompt, *self.generated)
+
+    def goes_on(self, instance: str, event: Event) -> bool:
+        """Is this what nearly always comes: the next tokens of an attempt that runs, from where the last ones were?"""
+        return (
+            event.start == len(self.generated)
+            and event.finish is None
+            and not self.early
+            and self.heard == event.request_id
+            and self.homes[:1] == (instance,)
+        )
 
     def next(self) -> tuple[str, Event] | None:
         """The waiting event that continues the output, without what was delivered before, and who sent it."""

@@ -147,3 +147,18 @@ def test_limits_and_ids():
     with pytest.raises(Overloaded):
         gateway.submit(request("b"), 0.0)
     gateway.submit(request("b"), 0.0, accepted=True)
+
+
+def test_the_router_hears_of_the_first_token_of_every_attempt():
+    """Tokens that go on are passed on without further ado; those of a new attempt are looked at."""
+    gateway = make(*PD)
+    attempt = submit(gateway, "a")
+    gateway.news("prefill0", [Event(attempt, (10,))], 1.0)
+    for place in (1, 2, 3):
+        assert tokens(gateway.news("decode0", [Event(attempt, (place,), start=place)], 1.0)) == [place]
+    gateway.lost("decode0", 2.0)
+    [(home, message)] = sent(gateway)
+    assert not gateway.router._flights[message.request.id].started
+    assert tokens(gateway.news(home, [Event(message.request.id, (4,), start=4)], 3.0)) == [4]
+    assert gateway.router._flights[message.request.id].started
+    gateway.router.check()
