@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmemserve.kernels.rule import Rule
 
 ROWS = 64  # query rows of a warpgroup
-COLUMNS = 128  # of a head that one product makes: its result and what it is added to are registers at the same time
+COLUMNS = 128  # of a head that one product makes; a head with more is a wide one
 NEVER = -1e30  # a score that is never seen; finite, so that rows that see nothing stay finite
 _LOG2E = math.log2(math.e)
 _ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for every row of a tile
@@ -168,7 +168,7 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
         for held in held_weights:
             weights = _kept(held.at[worker], weights)
         mixed = tuple(
-            held * lax.broadcast_in_dim(keep, held.shape, [0]) + _product(weights, values.at[slot, :, part], part.size)
+            _added(plan, held * lax.broadcast_in_dim(keep, held.shape, [0]), weights, values.at[slot, :, part])
             for held, part in zip(mixed, plan.parts, strict=True)
         )
         plgpu.barrier_arrive(done.at[slot])
@@ -197,6 +197,13 @@ def _product(left, right, columns: int):
         return acc[...]
 
     return pl.run_scoped(run, plgpu.ACC((ROWS, columns), jnp.float32))
+
+
+def _added(plan: Plan, total, left, right):
+    """``total`` and the product of left and right; of a wide head summed in its registers, as two would not fit."""
+    if plan.head <= COLUMNS or plan.interpret:  # the interpreter has no accumulators that begin with something
+        return total + _product(left, right, total.shape[1])
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, left, right))(plgpu.ACC.init(total))
 
 
 def _kept(memory, weights):
