@@ -60,6 +60,12 @@ def tokens_of(numbers: list[int]) -> list[int]:
     return [4 * number + i for number in numbers for i in range(4)]
 
 
+def say(value: dict) -> None:
+    """A line for the test. In one write: two threads say something."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
 class Freezer:
     """Stops this process's pool at a message of the given type, going out or coming in."""
 
@@ -82,7 +88,7 @@ class Freezer:
 
     def stop_at(self, message: Any) -> None:
         if type(message).__name__ == self.kind:
-            print(json.dumps({"frozen": self.kind}), flush=True)
+            say({"frozen": self.kind})
             time.sleep(600)
 
 
@@ -133,13 +139,13 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 4)
     name, way, tp, listen = sys.argv[1:5]
     pool = make_pool(name, way, int(tp), listen)
-    print(json.dumps({"address": pool.address}), flush=True)
+    say({"address": pool.address})
     for line in sys.stdin:
         try:
             answer: dict[str, Any] = {"answer": obey(pool, json.loads(line))}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+        say(answer)
     pool.close()
 
 

@@ -29,7 +29,7 @@ class Peers:
         self._blocks = blocks
         kinds = dataclasses.asdict(store.layout) | {"checksums": store.checksum_kind, "model": blocks.model}
         for own_affair in ("aggregated", "fold"):  # how pages lie in memory
-            kinds.pop(own_affair)
+            kinds.pop(own_affair, None)
         self.schema = ", ".join(f"{name}={value}" for name, value in kinds.items())
         self._peers: dict[str, Peer] = {}
 
