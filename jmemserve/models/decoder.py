@@ -35,7 +35,10 @@ def rope_angles(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[
     """cos and sin [turned / 2, T] of every position (i32[T]), in float32."""
     angles = rope.frequencies(head_dim)[:, None] * positions.astype(jnp.float32)[None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return (cos, sin) if rope.amplitude == 1 else (rope.amplitude * cos, rope.amplitude * sin)
+    if rope.amplitude != 1:
+        cos, sin = rope.amplitude * cos, rope.amplitude * sin
+    # Else XLA makes them anew in every layer, for every head.
+    return jax.lax.optimization_barrier((cos, sin))
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -93,7 +96,8 @@ class Layer(nnx.Module):
         if c.qk_norm:
             q = rms_norm(c, self.q_norm, q, axis=2)
             k = rms_norm(c, self.k_norm, k, axis=2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        # A transposition for itself is ten times as quick on a CPU as one that XLA fuses with what makes its operand.
+        q, k, v = jax.lax.optimization_barrier((rotate(q, cos, sin), rotate(k, cos, sin), v))
         q = q.transpose(3, 0, 1, 2).reshape(t, c.num_heads, heads)  # T N H
         k, v = k[:, 0].transpose(2, 0, 1), v.transpose(2, 0, 1)  # T K H
         out, cache = ops.attend(cache, self.index, q, k, v, c.rule(self.index))

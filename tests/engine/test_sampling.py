@@ -100,3 +100,13 @@ def test_log_probabilities() -> None:
     assert rank.tolist() == [int((expected[:, 0] > expected[7, 0]).sum()) + 1, 1]
     np.testing.assert_array_equal(ids[1], np.argsort(-expected[:, 1], kind="stable")[: ids.shape[1]])
     np.testing.assert_allclose(top[1], np.sort(expected[:, 1])[::-1][: top.shape[1]], rtol=1e-6)
+
+
+def test_greedy_is_argmax() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-3, 4, (50, 40)).astype(np.float32)  # with many equals
+    logits[:, 0] = -np.inf
+    logits[7, 1] = np.inf
+    np.testing.assert_array_equal(sampling.greedy(jnp.asarray(logits)), logits.argmax(0))
+    logits[:, 2] = np.nan
+    assert 0 <= int(sampling.greedy(jnp.asarray(logits))[2]) < 50
