@@ -36,6 +36,7 @@ from jmemserve.devices import arrange_cpu_devices
 from jmemserve.engine.build import read_model_config, resolve_dtype
 from jmemserve.engine.cluster import Cluster
 from jmemserve.engine.report import ConsoleReport
+from jmemserve.errors import ConfigError
 from jmemserve.types import Event, Request, SamplingParams
 
 HERE = Path(__file__).parent
@@ -95,7 +96,18 @@ class Driver:
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if min(*args.prompts, *args.batches, args.context, args.new_tokens, args.repeats) < 1:
+        parser.error("sizes and repeats must be at least 1")
+    try:
+        measure(args)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure, print, and write what was asked for."""
     if args.quick:
         args.prompts, args.batches, args.context, args.new_tokens, args.repeats = [64], [2], 16, 16, 1
     arrange_cpu_devices(1)

@@ -92,6 +92,16 @@ class Checkpoint:
                 f"({len(extra)} such tensors); the two files do not belong together"
             )
 
+    def read_scales(self, weight: Weight, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """As ``read``, of a quantized weight's scales. Raises CheckpointError for what no rounding makes."""
+        scales = self.read(weight, index, dtype)
+        if not (np.isfinite(scales) & (scales > 0)).all():
+            raise CheckpointError(
+                f"{self._homes[weight.sources[0].name]}: {weight.sources[0].name!r}, or scales that belong to it, "
+                "hold what is no number above 0; fetch the file again"
+            )
+        return scales
+
     def read(self, weight: Weight, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
         """The part ``index`` of a weight, put together from its tensors and cast to ``dtype``."""
         bounds = [part.indices(size)[:2] for part, size in zip(index, weight.shape, strict=True)]

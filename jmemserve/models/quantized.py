@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from jmemserve.errors import ConfigError
 
 DTYPES = {"int8": "int8", "fp8": "float8_e4m3fn"}
+FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
@@ -44,6 +45,11 @@ def take_quantized(raw: dict[str, Any]) -> Quantized | None:
     for key in ("kv_cache_scheme", "transform_config"):
         if given.get(key):
             raise ConfigError(f"quantization_config: {key} is not supported")
+    if (form := given.get("format")) not in (None, *FORMATS):
+        raise ConfigError(f"quantization_config: format {form!r} is not supported, only {' and '.join(FORMATS)}")
+    ignore = given.get("ignore") or []
+    if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+        raise ConfigError(f"quantization_config: ignore must be a list of names, not {ignore!r}")
     sparsity = given.get("sparsity_config")
     if sparsity and (not isinstance(sparsity, dict) or sparsity.get("format") != "dense"):
         raise ConfigError("quantization_config: sparsity is not supported")
@@ -52,7 +58,9 @@ def take_quantized(raw: dict[str, Any]) -> Quantized | None:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(group, dict) or not isinstance(weights, dict) or group.get("targets") != ["Linear"]:
         raise ConfigError("quantization_config: config_groups must be one group, with weights, for targets ['Linear']")
-    wanted = {"num_bits": 8, "strategy": "channel", "symmetric": True}
+    if group.get("output_activations"):
+        raise ConfigError("quantization_config: output_activations are not supported")
+    wanted = {"num_bits": 8, "strategy": "channel", "symmetric": True, "group_size": None, "actorder": None}
     for key, value in wanted.items():
         if weights.get(key) != value:
             raise ConfigError(

@@ -90,7 +90,8 @@ def load_safetensors(folder: Path, config: ModelConfig, dtype: str, mesh: Mesh, 
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None, path
-            return checkpoint.read(weight, index, wanted)
+            read = checkpoint.read_scales if path.endswith("_scale") else checkpoint.read
+            return read(weight, index, wanted)
 
         return jax.make_array_from_callback(weight.shape, sharding, shard)
 

@@ -10,9 +10,10 @@ from attention_cases import Rows, Sizes, check, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmemserve.kernels import block_moves, cpu, pages
+from jmemserve.kernels import Ragged, block_moves, cpu, pages
 from jmemserve.kernels.choice import Need, why_not
 from jmemserve.kernels.cpu import library, moves
+from jmemserve.kernels.rule import Rule
 
 try:
     ISAS = [isa for isa in ("base", "avx2", "avx512", "avx512bf16", "neon") if library.instruction_set(isa)]
@@ -102,6 +103,24 @@ def test_products(isa: str, columns: int, rows: int, depth: int) -> None:
         wanted = weight.astype(np.float64) @ x.astype(np.float64)
         got = np.asarray(cpu.project(jnp.asarray(weight), jnp.asarray(x), isa=isa))
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max() * depth**0.5)
+
+
+@pytest.mark.parametrize("window, good", [(4, False), (None, False), (4, True)])
+def test_a_table_that_names_no_page_is_an_error_wherever_a_token_looks(window: int | None, good: bool) -> None:
+    """With a window the first of a row's new tokens sees further back than the last."""
+    tables = np.array([[2, 1, 3, 1]] if good else [[10**7, 10**7, 10**7, 1]], np.int32)
+    new, context = 60, 64
+    at = np.arange(context - new, context, dtype=np.int32)
+    slots = np.full(new, 16, np.int32)
+    ragged = Ragged(*(jnp.asarray(x) for x in (at, slots, tables, np.int32([context]), np.int32([0, new]))))
+    q, k, v = (jnp.ones((new, 1, 64), jnp.float32) for _ in range(3))
+    pages = jnp.zeros((8, 1, 2, 1, 16, 64), jnp.float32)
+    run = jax.jit(lambda q, k, v, pages: cpu.attend(q, k, v, pages, 0, ragged, Rule(1.0, window))[0])
+    if good:
+        assert np.isfinite(np.asarray(run(q, k, v, pages))).all()
+        return
+    with pytest.raises(Exception, match="a table names no page"):
+        np.asarray(run(q, k, v, pages))
 
 
 @pytest.mark.parametrize("columns, used", [(8, 3), (64, 0), (64, 1), (64, 9), (64, 40), (64, 64)])

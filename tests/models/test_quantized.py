@@ -109,6 +109,16 @@ def test_float_tensors_are_not_taken_for_rounded_ones(tmp_path: Path) -> None:
         loaded(stored(tmp_path, "llama3", "int8", **floats))
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 0.0, -1.0])
+def test_scales_that_no_rounding_makes_are_refused(tmp_path: Path, broken: float) -> None:
+    config, (_, state) = loaded(FIXTURES / "llama3", "fp8")
+    path = "layers.1.qkv_scale"
+    scales = np.array(weights.flat(state)[path])
+    scales[0, 1, 3] = broken
+    with pytest.raises(CheckpointError, match="layers.1.self_attn.q_proj.weight_scale.*no number above 0"):
+        loaded(stored(tmp_path, "llama3", "fp8", **{path: scales}))
+
+
 def test_dummy_weights_of_a_rounded_checkpoint_are_rounded(tmp_path: Path) -> None:
     config = load_config(stored(tmp_path, "llama3", "int8"))
     _, state = weights.load(tmp_path, LoadFormat.DUMMY, config, "bfloat16", model_mesh(1), 0, lambda done, total: None)

@@ -85,7 +85,10 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   int64_t num_tokens = qd[0], num_heads = qd[1], head_dim = qd[2];
   int64_t kv_heads = pd[pd.size() - 3], size = pd[pd.size() - 2];
   int64_t rows = context.element_count(), width = tables.dimensions()[1], layers = aggregated ? pd[1] : 1;
-  if (head_dim > 512 || pd.back() != head_dim || kd[1] != kv_heads || num_heads % kv_heads || layer >= layers)
+  if (head_dim > 512 || pd.back() != head_dim || kd[1] != kv_heads || num_heads % kv_heads || layer < 0 ||
+      layer >= layers || int64_t(starts.element_count()) != rows + 1 || tables.dimensions()[0] != rows ||
+      int64_t(slots.element_count()) < num_tokens ||
+      (sinks.element_count() && int64_t(sinks.element_count()) != num_heads))
     return wrong("sizes that do not fit together");
   int64_t group = num_heads / kv_heads, item = size_of(page_type);
   Pages pages = {(char*)written->untyped_data() + layer * 2 * kv_heads * size * head_dim * item,
@@ -127,8 +130,10 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   for (int64_t b = 0; b < rows; b++) {
     int64_t fresh = start[b + 1] - start[b];
     if (fresh <= 0) continue;
+    if (start[b] < 0 || start[b + 1] > num_tokens) return wrong("a row has tokens that are not there");
     if (length[b] < fresh || length[b] > width * size) return wrong("a row's context does not fit its table");
-    int64_t low = rule.window ? std::max<int64_t>(0, length[b] - rule.window) : 0;
+    // The first key that the row's first new token sees.
+    int64_t low = rule.window ? std::max<int64_t>(0, length[b] - fresh + 1 - rule.window) : 0;
     for (int64_t p = low / size; p < ceil_div(length[b], size); p++)
       if (table[b * width + p] < 0 || table[b * width + p] >= pd[0]) return wrong("a table names no page");
     for (int64_t h = 0; h < kv_heads; h++) {
