@@ -50,12 +50,15 @@ def scaled(mixed, by):
     return mixed * lax.broadcast_in_dim(by, mixed.shape, [0])
 
 
-def clean(plan: Tiling, values, first, low, high) -> None:
-    """Zero the values (in shared memory, [n, H]: those of places ``first`` on) of places outside of low to high."""
+def clean(values, layout, first, low, high) -> None:
+    """Zero the values (in shared memory, [n, H]: those of places ``first`` on) of places outside of low to high.
+
+    layout: of registers, in which they go through them.
+    """
     shape = values.shape
-    at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plan.layout) + first
-    kept = plgpu.layout_cast(values[...], plan.layout)
-    values[...] = jnp.where((at >= low) & (at < high), kept, jnp.zeros(shape, plan.dtype))
+    at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + first
+    kept = plgpu.layout_cast(values[...], layout)
+    values[...] = jnp.where((at >= low) & (at < high), kept, jnp.zeros(shape, values.dtype))
 
 
 def finish(state):

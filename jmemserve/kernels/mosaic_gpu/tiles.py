@@ -128,7 +128,7 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
 def _clean(plan: Plan, values, chunk, part: int, low, high):
     """Zero the values that nobody sees in one part, of 64 (for registers' sake), of span ``chunk``."""
     first = chunk * plan.span + part * ROWS
-    clean(plan, values.at[pl.ds(part * ROWS, ROWS)], first, low, high)
+    clean(values.at[pl.ds(part * ROWS, ROWS)], plan.layout, first, low, high)
     plgpu.commit_smem()
 
 
