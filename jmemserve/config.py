@@ -63,6 +63,7 @@ class AttentionBackend(enum.Enum):
 
     AUTO = "auto"  # the best that devices and model allow
     CPU = "cpu"  # our C++ library, with products of its own
+    MOSAIC_AMPERE = "mosaic_ampere"  # kernels in Pallas for Ampere and Ada GPUs
     MOSAIC_GPU = "mosaic_gpu"  # kernels in Pallas for Hopper GPUs
     TPU = "tpu"  # Pallas kernels for TPUs
     XLA = "xla"  # plain XLA operations: everywhere

@@ -62,6 +62,7 @@ class Attention(Protocol):
 
 BACKENDS = {
     "cpu": "jmemserve.kernels.cpu",
+    "mosaic_ampere": "jmemserve.kernels.mosaic_ampere",
     "mosaic_gpu": "jmemserve.kernels.mosaic_gpu",
     "tpu": "jmemserve.kernels.tpu",
     "xla": "jmemserve.kernels.xla",

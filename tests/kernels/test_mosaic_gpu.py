@@ -18,7 +18,8 @@ from jax.sharding import AbstractMesh
 
 from jmemserve.kernels import Ragged, mosaic_gpu
 from jmemserve.kernels.choice import Need, choose
-from jmemserve.kernels.mosaic_gpu.decode import splits_of
+from jmemserve.kernels.mosaic_gpu.decode import BLOCKS
+from jmemserve.kernels.mosaic_gpu.work import splits_of
 from jmemserve.kernels.rule import Rule
 
 TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3}
@@ -50,7 +51,7 @@ def test_one_token_per_row(sizes: Sizes, rule: dict) -> None:
 
 @pytest.mark.parametrize("window", [None, 300])
 def test_a_long_row_is_split(window: int | None) -> None:
-    assert splits_of(rows=1, kv_heads=1, spans=10) == 2
+    assert splits_of(rows=1, kv_heads=1, spans=10, blocks=BLOCKS) == 2
     run([(600, 1)], Sizes(1, 2, 64, 2, 64, "bfloat16"), window=window)
 
 

@@ -73,10 +73,14 @@ def test_random_big_batches(name: str, seed: int) -> None:
     check(backend(name, sizes), singles, sizes, sizes.rule(1000), rtol=1.5e-2, atol=1.5e-2)
 
 
-def test_pages_are_not_copied() -> None:
+OURS = [name for name in PREFERRED["gpu"] if name != "xla"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_pages_are_not_copied(name: str) -> None:
     """The compiled layer needs next to nothing beside its donated pages, which are large here."""
     sizes = Sizes(*LLAMA, 2, 16, "bfloat16")
-    attend, case = backend("mosaic_gpu", sizes), make_case(2, MIXED, sizes)
+    attend, case = backend(name, sizes), make_case(2, MIXED, sizes)
     pages = jnp.zeros((20000, *case.pages.shape[1:]), case.pages.dtype)
 
     def layers(q, k, v, pages, ragged):
@@ -88,15 +92,16 @@ def test_pages_are_not_copied() -> None:
     assert step.memory_analysis().temp_size_in_bytes < pages.nbytes / 4
 
 
-def test_engine_gives_the_tokens_of_xla(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", OURS)
+def test_engine_gives_the_tokens_of_xla(name: str, tmp_path: Path) -> None:
     """In bfloat16 two rightful kernels may part at a near tie, never at a clear choice."""
-    backend("mosaic_gpu", Sizes(2, 3, 64, 2, 16, "bfloat16"))
+    backend(name, Sizes(2, 3, 64, 2, 16, "bfloat16"))
     folder = tiny_model(tmp_path, hidden_size=384, head_dim=64, torch_dtype="bfloat16")
     rng = np.random.default_rng(0)
     prompts = [tuple(int(token) for token in rng.integers(0, 97, size=size)) for size in (3, 20, 40, 64)]
     params = SamplingParams(temperature=0, max_tokens=24, logprobs=2, ignore_eos=True)
     found = []
-    for attention in (AttentionBackend.XLA, AttentionBackend.MOSAIC_GPU):
+    for attention in (AttentionBackend.XLA, AttentionBackend(name)):
         with Driver(folder, "colocated", dtype="bfloat16", block_size=16, attention=attention) as driver:
             outputs = [driver.submit(f"r{number}", prompt, params) for number, prompt in enumerate(prompts)]
             driver.finish(*outputs)

@@ -4,27 +4,31 @@
     prefill.py   rows with several: tiles of stacked queries
     tiles.py     what both do with a span of keys and values
 
+and, for the kernels of older GPUs (``mosaic_ampere``) too,
+
+    step.py      one layer's attention, given the two kernels
+    work.py      who does what: splits, tiles of stacked queries
+    softmax.py   the softmax that goes over spans
+    plan.py      what is known when a kernel is compiled
+
 New keys and values are written before, by XLA's scatter, in place in donated pages: they are some kB per row and layer,
 and every thread block of the kernels may then read any page without waiting for another. Sinks are applied after, from
 the log of the sum of exponentials that the kernels hand out; window and soft cap are inside.
 
-Other GPUs are refused: wgmma exists on Hopper only. Blackwell replaced it, and on Ampere neither JAX's interpreter of
-these kernels nor its TMA-free copies can be checked without the hardware.
+Other GPUs are refused: wgmma exists on Hopper only. Blackwell replaced it; for Ampere and Ada see ``mosaic_ampere``.
 """
 
-import math
-from functools import partial
-
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.choice import Need
 from jmemserve.kernels.mosaic_gpu.decode import one_token_rows
+from jmemserve.kernels.mosaic_gpu.plan import Pool
 from jmemserve.kernels.mosaic_gpu.prefill import many_token_rows
+from jmemserve.kernels.mosaic_gpu.step import attend_by
 from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan
-from jmemserve.kernels.pages import Pages, page_sizes, write_kv
+from jmemserve.kernels.pages import Pages
 from jmemserve.kernels.rule import Rule
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # as JAX names them: "NVIDIA H100 80GB HBM3"
@@ -74,45 +78,14 @@ def attend(
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, Pages]:
     """See ``jmemserve.kernels.Attention``. ``interpret``: run the kernels on CPU, to see what they compute."""
-    pages = write_kv(pages, layer, ragged.slots, k, v)
-    num_tokens, num_heads, head_dim = q.shape
-    num_rows = ragged.context.shape[0]
-    kv_heads, size = page_sizes(pages)
-    own = pages[layer] if isinstance(pages, tuple) else pages
-    per_page = math.prod(own.shape[1:-2])
-    plan = partial(
-        Plan,
-        rule=rule,
-        dtype=jnp.dtype(own.dtype),
-        head=head_dim,
-        size=size,
-        page_stride=per_page,
-        layer_offset=0 if isinstance(pages, tuple) else layer * 2 * kv_heads,
-        value_offset=kv_heads,
-        interpret=interpret,
-    )
-    kv = own.reshape(-1, size, head_dim)  # no copy: all but the last two axes are one
-    tables = jnp.pad(ragged.tables, ((0, 0), (0, -ragged.tables.shape[1] % max(1, TILE // size))))
-    grouped = q.astype(own.dtype).reshape(num_tokens, kv_heads, num_heads // kv_heads, head_dim)
-    ones = partial(one_token_rows, plan(span=DECODE_SPAN, slots=_decode_slots(head_dim), warpgroups=1))
-    if num_tokens == num_rows:  # the shape of a step in which every row has one token
-        out, lse = ones(grouped, kv, tables, ragged.context)
-        return _finished(out, lse, sinks, q), pages
-    lengths = ragged.starts[1:] - ragged.starts[:-1]
-    single = lengths == 1
-    first = jnp.minimum(ragged.starts[:-1], num_tokens - 1)
-    one_out, one_lse = ones(grouped[first], kv, tables, jnp.where(single, ragged.context, 0))
-    tiled = plan(span=_tile_span(head_dim), slots=2, warpgroups=2)
-    out, lse = many_token_rows(tiled, grouped, kv, tables, ragged, least=2)
-    target = jnp.where(single, first, num_tokens)
-    out = out.at[target].set(one_out.astype(out.dtype), mode="drop")
-    lse = lse.at[target].set(one_lse, mode="drop")
-    return _finished(out, lse, sinks, q), pages
+    return attend_by(_ones, _many, TILE, q, k, v, pages, layer, ragged, rule, sinks, interpret)
 
 
-def _finished(out: jax.Array, lse: jax.Array, sinks: jax.Array | None, q: jax.Array) -> jax.Array:
-    """[T, K, G, H] and f32[T, K, G] -> like q; a sink is one more exponential in the sum, without a value."""
-    if sinks is not None:
-        share = jax.nn.sigmoid(lse * math.log(2) - sinks.reshape(1, *lse.shape[1:]))
-        out = out.astype(jnp.float32) * share[..., None]
-    return out.reshape(q.shape).astype(q.dtype)
+def _ones(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
+    plan = Plan(**vars(pool), span=DECODE_SPAN, slots=_decode_slots(pool.head), warpgroups=1)
+    return one_token_rows(plan, q, kv, tables, context)
+
+
+def _many(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged):
+    plan = Plan(**vars(pool), span=_tile_span(pool.head), slots=2, warpgroups=2)
+    return many_token_rows(plan, q, kv, tables, ragged, least=2)

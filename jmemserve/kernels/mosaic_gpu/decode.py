@@ -12,27 +12,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmemserve.kernels.mosaic_gpu.call import launch
-from jmemserve.kernels.mosaic_gpu.tiles import (
-    COLUMNS,
-    NEVER,
-    ROWS,
-    Plan,
-    attend_spans,
-    copy_spans,
-    finish,
-    nothing_yet,
-    wait_for_last,
-)
+from jmemserve.kernels.mosaic_gpu.plan import COLUMNS
+from jmemserve.kernels.mosaic_gpu.softmax import finish, nothing_yet
+from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan, attend_spans, copy_spans, wait_for_last
+from jmemserve.kernels.mosaic_gpu.work import combine, spans_of_split, splits_of
 
 BLOCKS = 132  # thread blocks that fill a Hopper GPU: registers and shared memory allow one per multiprocessor
-SHORTEST = 4  # spans that a split has to be worth
-LONGEST = 64  # spans after which a row is cut even if others fill the GPU, for they may be short
-
-
-def splits_of(rows: int, kv_heads: int, spans: int) -> int:
-    """Splits per row, from what is known when compiling. ``spans``: of the longest row that the table can hold."""
-    wanted = max(-(-BLOCKS // (rows * kv_heads)), -(-spans // LONGEST))
-    return max(1, min(wanted, spans // SHORTEST))
 
 
 def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
@@ -44,18 +29,13 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
     padded = -(-group // 8) * 8  # swizzled memory is copied eight rows at a time
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
     spans = tables.shape[1] * plan.size // plan.span
-    splits = splits_of(rows, kv_heads, spans)
+    splits = splits_of(rows, kv_heads, spans, BLOCKS)
     out_dtype = plan.dtype if splits == 1 else jnp.dtype(jnp.float32)
 
     def kernel(q_ref, kv_ref, tables_ref, context_ref, out_ref, lse_ref, q_smem, out_smem, lse_smem, q_full, *ring):
         row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
         context = context_ref[row]
-        low = jnp.int32(0) if plan.rule.window is None else jnp.maximum(context - plan.rule.window, 0)
-        begin = lax.div(low, jnp.int32(plan.span))
-        count = lax.div(context + (plan.span - 1), jnp.int32(plan.span)) - begin
-        share = jnp.maximum(lax.div(count + (splits - 1), jnp.int32(splits)), SHORTEST if splits > 1 else 0)
-        first = begin + jnp.minimum(split * share, count)
-        last = begin + jnp.minimum(split * share + share, count)
+        low, first, last = spans_of_split(plan, context, split, splits)
         worker = lax.axis_index("warpgroup")
 
         @pl.when(worker == 1)
@@ -71,7 +51,7 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
             state, _ = attend_spans(
                 plan, ring, q_smem, limit, low, context, first, last, nothing_yet(plan), jnp.int32(0)
             )
-            out, lse = finish(plan, state)
+            out, lse = finish(state)
             lse_smem[...] = lse
             for part, columns in zip(out, plan.parts, strict=True):
                 held = out_smem.at[:, pl.ds(0, columns.size)]
@@ -102,15 +82,3 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
         grid={"row": rows, "head": kv_heads, "split": splits},
     )(q, kv, tables, context)
     return combine(out[..., :group, :], lse[..., :group])
-
-
-def combine(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The splits (leading axis) of rows brought together: [S, ..., H] and f32[S, ...] -> [..., H] and f32[...]."""
-    if out.shape[0] == 1:
-        return out[0], lse[0]
-    top = lse.max(0, keepdims=True)
-    some = lse > NEVER / 2  # of the others nothing was written
-    weights = jnp.where(some, jnp.exp2(lse - top), 0)
-    mass = jnp.maximum(weights.sum(0), 1e-30)
-    mixed = jnp.where(some[..., None], out * weights[..., None], 0).sum(0)
-    return mixed / mass[..., None], top[0] + jnp.log2(mass)

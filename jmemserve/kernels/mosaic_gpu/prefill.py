@@ -13,7 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.mosaic_gpu.call import launch
-from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan, attend_spans, copy_spans, finish, nothing_yet, wait_for_last
+from jmemserve.kernels.mosaic_gpu.softmax import finish, nothing_yet
+from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan, attend_spans, copy_spans, wait_for_last
+from jmemserve.kernels.mosaic_gpu.work import part_of, stack, unstack
 
 
 def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged, least: int):
@@ -23,18 +25,7 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
     """
     tokens, kv_heads, group, head_dim = q.shape
     tile = ROWS * plan.warpgroups
-    tiles = -(-tokens * group // tile)
-    padding = tiles * tile - tokens * group
-    stacked = jnp.pad(q.transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim), ((0, 0), (0, padding), (0, 0)))
-    place = jnp.arange(tiles * tile) // group  # the token of every stacked row
-    owner = jnp.searchsorted(ragged.starts, place, side="right").astype(jnp.int32) - 1  # B if of no row
-    positions = jnp.pad(ragged.positions, (0, 1))[jnp.minimum(place, tokens)]
-    edges = jnp.arange(tiles) * tile
-    used = ragged.starts[-1]
-    begin = edges // group  # first token of each tile, and below the one after its last
-    end = jnp.minimum((edges + tile - 1) // group + 1, used)
-    rows = jnp.searchsorted(ragged.starts, jnp.stack((begin, end - 1)), side="right").astype(jnp.int32) - 1
-    rows = jnp.stack((rows[0], jnp.where(begin < end, rows[1] + 1, rows[0])))  # first, and one after the last
+    stacked = stack(q, ragged, tile)
 
     def kernel(
         q_ref, kv_ref, tables_ref, context_ref, starts_ref, rows_ref, owner_ref, positions_ref, out_ref, lse_ref,
@@ -45,23 +36,15 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
         first_token = lax.div(number * tile, jnp.int32(group))
         after_token = lax.div(number * tile + (tile - 1), jnp.int32(group)) + 1
 
-        def part_of(row):
-            """Of the row's keys: low, high, first span, span after the last."""
-            start, stop, context = starts_ref[row], starts_ref[row + 1], context_ref[row]
-            to_place = context - stop  # of a token
-            low = jnp.int32(0)
-            if plan.rule.window is not None:
-                low = jnp.maximum(jnp.maximum(start, first_token) + to_place - plan.rule.window + 1, 0)
-            furthest = jnp.minimum(stop, after_token) + to_place
-            last = jnp.where(stop - start < least, 0, lax.div(furthest + (plan.span - 1), jnp.int32(plan.span)))
-            return low, furthest, lax.div(low, jnp.int32(plan.span)), last
+        def part(row):
+            return part_of(plan, context_ref, starts_ref, row, first_token, after_token, least)
 
         @pl.when(worker == plan.warpgroups)
         def copying():
             plgpu.set_max_registers(40, action="decrease")
 
             def one_row(row, step):
-                _, _, first, last = part_of(row)
+                _, _, first, last = part(row)
                 return copy_spans(plan, ring, tables_ref, kv_ref, row, head, first, last, step)
 
             step = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, jnp.int32(0))
@@ -82,16 +65,16 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
 
             def one_row(row, carry):
                 *state, step = carry
-                low, high, first, last = part_of(row)
+                low, high, first, last = part(row)
                 limit = jnp.where(owners == row, places, -1)
                 state, step = attend_spans(plan, ring, queries, limit, low, high, first, last, tuple(state), step)
                 return (*state, step)
 
             start = (*nothing_yet(plan), jnp.int32(0))
             *state, _ = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, start)
-            out, lse = finish(plan, tuple(state))
-            for part, columns in zip(out, plan.parts, strict=True):
-                queries[:, columns] = part.astype(plan.dtype)
+            out, lse = finish(tuple(state))
+            for mixed, columns in zip(out, plan.parts, strict=True):
+                queries[:, columns] = mixed.astype(plan.dtype)
             lse_smem[worker] = lse
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(queries, out_ref.at[head, here])
@@ -103,8 +86,8 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
         kernel,
         plan,
         out=[
-            jax.ShapeDtypeStruct((kv_heads, tiles * tile, head_dim), plan.dtype),
-            jax.ShapeDtypeStruct((kv_heads, tiles * tile), jnp.float32),
+            jax.ShapeDtypeStruct((kv_heads, stacked.tiles * tile, head_dim), plan.dtype),
+            jax.ShapeDtypeStruct((kv_heads, stacked.tiles * tile), jnp.float32),
         ],
         scratch=[
             plan.swizzled((*per_worker, plan.head), plan.dtype),
@@ -114,7 +97,6 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
             plgpu.Barrier(num_arrivals=3, num_barriers=plan.warpgroups),
             *plan.ring(),
         ],
-        grid={"head": kv_heads, "tile": tiles},
-    )(stacked, kv, tables, ragged.context, ragged.starts, rows, owner, positions)
-    out = out[:, : tokens * group].reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
-    return out, lse[:, : tokens * group].reshape(kv_heads, tokens, group).transpose(1, 0, 2)
+        grid={"head": kv_heads, "tile": stacked.tiles},
+    )(stacked.queries, kv, tables, ragged.context, ragged.starts, stacked.rows, stacked.owner, stacked.positions)
+    return unstack(out, lse, tokens, group)

@@ -8,7 +8,6 @@ wgmma). They meet at the slots of a ring in shared memory, each of which holds a
 """
 
 import dataclasses
-import math
 from functools import partial
 
 import jax.numpy as jnp
@@ -16,40 +15,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmemserve.kernels.rule import Rule
+from jmemserve.kernels.mosaic_gpu.plan import COLUMNS, Tiling
+from jmemserve.kernels.mosaic_gpu.softmax import clean, scaled, weigh
 
 ROWS = 64  # query rows of a warpgroup
-COLUMNS = 128  # of a head that one product makes; a head with more is a wide one
-NEVER = -1e30  # a score that is never seen; finite, so that rows that see nothing stay finite
-_LOG2E = math.log2(math.e)
-_ROW = plgpu.Layout.WGMMA.reduce(1)  # one number for every row of a tile
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known when a kernel is compiled."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Tiling):
+    """What is known when a kernel is compiled; a span is a multiple of 64 keys."""
 
-    rule: Rule
-    dtype: jnp.dtype
-    head: int
-    size: int  # tokens of a page
-    span: int  # keys of a span, a multiple of 64
-    slots: int
     warpgroups: int  # that compute
-    page_stride: int  # from a page to the next, in units of [C, H]
-    layer_offset: int  # of the layer's keys of head 0, in the same units
-    value_offset: int  # from keys to values, in the same units
-    interpret: plgpu.InterpretGPUParams | None
 
     @property
-    def copies(self) -> int:
-        """TMA copies, of keys or of values, that fill a span."""
-        return max(1, self.span // self.size)
+    def rows(self) -> int:
+        return ROWS
 
     @property
-    def parts(self) -> list:
-        """The columns of a head, in slices that are computed one after another."""
-        return [pl.ds(start, min(COLUMNS, self.head - start)) for start in range(0, self.head, COLUMNS)]
+    def layout(self):
+        return plgpu.Layout.WGMMA
 
     def swizzled(self, shape: tuple[int, ...], dtype: jnp.dtype):
         """Shared memory as wgmma wants its operands: in tiles as wide as a swizzle, of which a row has whole ones."""
@@ -79,15 +63,7 @@ def copy_spans(plan: Plan, ring, tables, kv, row, head, first, last, step):
 
     def one_span(chunk, step):
         slot = lax.rem(step, jnp.int32(plan.slots))
-        if plan.size <= plan.span:
-            part = pl.ds(0, plan.size)
-            columns = [chunk * plan.copies + copy for copy in range(plan.copies)]
-        else:
-            parts = jnp.int32(plan.size // plan.span)
-            part = pl.ds(lax.rem(chunk, parts) * plan.span, plan.span)
-            columns = [lax.div(chunk, parts)]
-        # All of the table's entries before the first copy, and before the wait, so that their latencies overlap.
-        places = [tables[row, column] * plan.page_stride + plan.layer_offset + head for column in columns]
+        part, places = plan.places(tables, row, head, chunk)  # before the wait, so that latencies overlap
 
         @pl.when(step >= plan.slots)
         def _():
@@ -112,16 +88,6 @@ def wait_for_last(plan: Plan, ring, step):
             plgpu.barrier_wait(done.at[slot])
 
 
-def nothing_yet(plan: Plan):
-    """The softmax before any key, all f32, scores in log2: (mixed values [64, columns] of each of ``plan.parts``, top
-    score [64], mass [64])."""
-    mixed = tuple(
-        plgpu.layout_cast(jnp.zeros((ROWS, part.size), jnp.float32), plgpu.Layout.WGMMA) for part in plan.parts
-    )
-    top = plgpu.layout_cast(jnp.full((ROWS,), NEVER, jnp.float32), _ROW)
-    return mixed, top, plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _ROW)
-
-
 def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state, step):
     """The computing part: ``queries`` ([64, H] in shared memory) over spans ``first`` to ``last`` of a row.
 
@@ -129,29 +95,15 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
     block sees a key, and memory may hold anything, even NaN. -> the new (state, step).
     """
     keys, values, k_full, v_full, done, cleaned, *held_weights = ring
-    rule, span, worker = plan.rule, plan.span, lax.axis_index("warpgroup")
+    span, worker = plan.span, lax.axis_index("warpgroup")
 
     def one_span(chunk, carry):
         mixed, top, mass, step = carry
         slot = lax.rem(step, jnp.int32(plan.slots))
         plgpu.barrier_wait(k_full.at[slot])
 
-        scores = _product(queries, keys.at[slot].transpose((1, 0)), span) * (rule.scale * _LOG2E)
-        if rule.soft_cap is not None:
-            cap = rule.soft_cap * _LOG2E
-            # The GPU's own tanh is good to 2**-11, which is a percent of a weight; its exp2 to 2**-22.
-            scores = cap - 2 * cap / (jnp.exp2(scores * (2 * _LOG2E / cap)) + 1)
-        place = plgpu.broadcasted_iota(jnp.int32, (ROWS, span), 1, layout=plgpu.Layout.WGMMA) + chunk * span
-        furthest = lax.broadcast_in_dim(limit, (ROWS, span), [0])
-        seen = place <= furthest
-        if rule.window is not None:
-            seen = seen & (place > furthest - rule.window)
-        scores = jnp.where(seen, scores, NEVER)
-        new_top = jnp.maximum(top, scores.max(axis=1))
-        weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, (ROWS, span), [0]))
-        weights = jnp.where(seen, weights, 0.0)
-        keep = jnp.exp2(top - new_top)
-        mass = mass * keep + weights.sum(axis=1)
+        products = _product(queries, keys.at[slot].transpose((1, 0)), span)
+        weights, keep, new_top, mass = weigh(plan, products, chunk, limit, top, mass)
         weights = weights.astype(plan.dtype)
         plgpu.barrier_wait(v_full.at[slot])
 
@@ -168,7 +120,7 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
         for held in held_weights:
             weights = _kept(held.at[worker], weights)
         mixed = tuple(
-            _added(plan, held * lax.broadcast_in_dim(keep, held.shape, [0]), weights, values.at[slot, :, part])
+            _added(plan, scaled(held, keep), weights, values.at[slot, :, part])
             for held, part in zip(mixed, plan.parts, strict=True)
         )
         plgpu.barrier_arrive(done.at[slot])
@@ -180,12 +132,9 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
 
 def _clean(plan: Plan, values, chunk, part: int, low, high):
     """Zero the values that nobody sees in one part, of 64 (for registers' sake), of span ``chunk``."""
+    first = chunk * plan.span + part * ROWS
     for columns in plan.parts:
-        shape = (ROWS, columns.size)
-        at = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA) + (chunk * plan.span + part * ROWS)
-        held = values.at[pl.ds(part * ROWS, ROWS), columns]
-        kept = plgpu.layout_cast(held[...], plgpu.Layout.WGMMA)
-        held[...] = jnp.where((at >= low) & (at < high), kept, jnp.zeros(shape, plan.dtype))
+        clean(values.at[pl.ds(part * ROWS, ROWS), columns], plan.layout, first, low, high)
     plgpu.commit_smem()
 
 
@@ -211,12 +160,3 @@ def _kept(memory, weights):
     memory[...] = weights
     plgpu.commit_smem()
     return memory
-
-
-def finish(plan: Plan, state):
-    """-> (outputs f32 [64, columns] of each of ``plan.parts``, log2 of the sum of exponentials [64], about ``NEVER``
-    where nothing is seen)."""
-    mixed, top, mass = state
-    mass = jnp.maximum(mass, 1e-30)
-    out = tuple(held / lax.broadcast_in_dim(mass, held.shape, [0]) for held in mixed)
-    return out, top + jnp.log2(mass)

@@ -1,0 +1,77 @@
+"""Paged attention for GPUs of the Ampere and Ada kind, in Pallas' Mosaic GPU: pages come by cp.async, products by mma.
+
+    decode.py    rows with one new token: splits of a row's keys in parallel, tiles of 16 query rows
+    prefill.py   rows with several: tiles of 64 stacked query rows
+    tiles.py     what both do with a span of keys and values
+    machine.py   copies and products, and what stands for them in JAX's interpreter
+
+The rest is that of the Hopper kernels: see ``mosaic_gpu``. These GPUs can neither copy nor multiply in the background
+of a warpgroup without its registers and instructions, so a thread block is one warpgroup that asks for the next span
+before it works on this one, and other thread blocks on the same multiprocessor fill the gaps.
+"""
+
+import re
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmemserve.kernels import Ragged
+from jmemserve.kernels.choice import Need
+from jmemserve.kernels.mosaic_ampere.decode import one_token_rows
+from jmemserve.kernels.mosaic_ampere.prefill import many_token_rows
+from jmemserve.kernels.mosaic_ampere.tiles import Plan
+from jmemserve.kernels.mosaic_gpu.plan import Pool
+from jmemserve.kernels.mosaic_gpu.step import attend_by
+from jmemserve.kernels.pages import Pages
+from jmemserve.kernels.rule import Rule
+
+# As JAX names those of compute capability 8.0, 8.6 and 8.9: "NVIDIA A100-SXM4-80GB", "NVIDIA RTX 6000 Ada Generation".
+DEVICES = re.compile(r"\b(A(2|10G?|16|30|40|100X?|800)|L(2|4|20|40S?)|RTX A\d+|GeForce RTX [34]0\d0)\b|\bAda\b")
+HEADS = (64, 128)  # head dims whose tiles fit registers and swizzles
+DECODE_ROWS = 16  # query rows of an mma: the most query heads of a kv head
+DECODE_SPAN = 64  # keys: 32 kB of keys and values on their way, and as much in use, of at least 99 kB
+TILE = 64  # query rows of a thread block where rows have several tokens, and below keys of one go
+PREFILL_SPAN = 32
+
+
+def why_not(need: Need) -> str | None:
+    """What keeps the kernels from serving this, in a few words; None: nothing."""
+    if need.platform != "gpu":
+        return "it is for GPUs"
+    if not DEVICES.search(need.device_kind):
+        return f"it is written for GPUs of compute capability 8, which a {need.device_kind!r} is not known to be"
+    if need.dtype not in ("bfloat16", "float16"):
+        return f"tensor cores multiply bfloat16 and float16, not {need.dtype}"
+    if need.head_dim not in HEADS:
+        return f"its tiles hold head dims of 64 and 128, not {need.head_dim}"
+    if need.block_size % 16 or (need.block_size & (need.block_size - 1)) or need.block_size > 256:
+        return f"it copies blocks of 16, 32, 64, 128 or 256 tokens, not {need.block_size}"
+    if need.group > DECODE_ROWS:
+        return f"its tile has {DECODE_ROWS} query rows for a kv head, not {need.group}"
+    return None
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: Pages,
+    layer: int,
+    ragged: Ragged,
+    rule: Rule,
+    sinks: jax.Array | None = None,
+    *,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> tuple[jax.Array, Pages]:
+    """See ``jmemserve.kernels.Attention``. ``interpret``: run the kernels on CPU, to see what they compute."""
+    longest = max(DECODE_SPAN, PREFILL_SPAN)
+    return attend_by(_ones, _many, longest, q, k, v, pages, layer, ragged, rule, sinks, interpret)
+
+
+def _ones(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
+    plan = Plan(**vars(pool), span=DECODE_SPAN, slots=2, query_rows=DECODE_ROWS)
+    return one_token_rows(plan, q, kv, tables, context)
+
+
+def _many(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged):
+    return many_token_rows(Plan(**vars(pool), span=PREFILL_SPAN, slots=2, query_rows=TILE), q, kv, tables, ragged, 2)

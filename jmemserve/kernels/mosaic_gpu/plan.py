@@ -1,0 +1,69 @@
+"""What is known when a kernel is compiled, of any kind of GPU."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmemserve.kernels.rule import Rule
+
+COLUMNS = 128  # of a head that one product makes; a head with more is a wide one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Where the keys and values of a layer are, and what is asked of them."""
+
+    rule: Rule
+    dtype: jnp.dtype
+    head: int
+    size: int  # tokens of a page
+    page_stride: int  # from a page to the next, in units of [C, H]
+    layer_offset: int  # of the layer's keys of head 0, in the same units
+    value_offset: int  # from keys to values, in the same units
+    interpret: plgpu.InterpretGPUParams | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling(Pool):
+    """How a thread block goes over them: in spans of keys, through a ring of slots in shared memory."""
+
+    span: int  # keys of a span
+    slots: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a tile."""
+        raise NotImplementedError
+
+    @property
+    def layout(self):
+        """How the registers of a warpgroup hold a tile of products: [rows, n] in float32."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> list:
+        """The columns of a head, in slices that are computed one after another."""
+        return [pl.ds(start, min(COLUMNS, self.head - start)) for start in range(0, self.head, COLUMNS)]
+
+    @property
+    def copies(self) -> int:
+        """Copies, of keys or of values, that fill a span."""
+        return max(1, self.span // self.size)
+
+    def places(self, tables, row, head, chunk):
+        """-> (the part of every page, where it begins in units of [C, H]) that make up span ``chunk`` of a row's keys.
+
+        tables: i32[B, W] in global memory.
+        """
+        if self.size <= self.span:
+            part = pl.ds(0, self.size)
+            columns = [chunk * self.copies + copy for copy in range(self.copies)]
+        else:
+            parts = jnp.int32(self.size // self.span)
+            part = pl.ds(lax.rem(chunk, parts) * self.span, self.span)
+            columns = [lax.div(chunk, parts)]
+        # All of the table's entries before the first copy, so that their latencies overlap.
+        return part, [tables[row, column] * self.page_stride + self.layer_offset + head for column in columns]
