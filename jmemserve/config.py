@@ -65,6 +65,7 @@ class AttentionBackend(enum.Enum):
     CPU = "cpu"  # our C++ library, with products of its own
     MOSAIC_AMPERE = "mosaic_ampere"  # kernels in Pallas for Ampere and Ada GPUs
     MOSAIC_GPU = "mosaic_gpu"  # kernels in Pallas for Hopper GPUs
+    MOSAIC_MMA = "mosaic_mma"  # those of Ampere for Blackwell GPUs, and for Hopper at need
     TPU = "tpu"  # Pallas kernels for TPUs
     XLA = "xla"  # plain XLA operations: everywhere
     REFERENCE = "reference"  # the plainest way, for comparisons: slow

@@ -64,6 +64,7 @@ BACKENDS = {
     "cpu": "jmemserve.kernels.cpu",
     "mosaic_ampere": "jmemserve.kernels.mosaic_ampere",
     "mosaic_gpu": "jmemserve.kernels.mosaic_gpu",
+    "mosaic_mma": "jmemserve.kernels.mosaic_mma",
     "tpu": "jmemserve.kernels.tpu",
     "xla": "jmemserve.kernels.xla",
     "reference": "jmemserve.kernels.reference",

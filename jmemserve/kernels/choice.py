@@ -8,7 +8,11 @@ from jmemserve.kernels import BACKENDS
 
 # Best first; what is not named here for a platform has to be asked for. cuDNN's paged attention is no candidate: JAX
 # takes only pools with exactly as many blocks as the tables have entries, so ours would have to be copied.
-PREFERRED = {"cpu": ("cpu", "xla"), "gpu": ("mosaic_gpu", "mosaic_ampere", "xla"), "tpu": ("tpu", "xla")}
+PREFERRED = {
+    "cpu": ("cpu", "xla"),
+    "gpu": ("mosaic_gpu", "mosaic_ampere", "mosaic_mma", "xla"),
+    "tpu": ("tpu", "xla"),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

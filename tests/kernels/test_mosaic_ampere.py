@@ -1,6 +1,6 @@
-"""The kernels for Ampere and Ada GPUs without one: what they compute, in JAX's interpreter, and that they are lowered.
+"""The kernels for Ampere, Ada and Blackwell GPUs without one: what they compute, and that they are lowered.
 
-The interpreter knows neither mma nor cp.async, so what stands for them (``mosaic_ampere/machine.py``) is ``jnp.dot``
+JAX's interpreter knows neither mma nor cp.async, so what stands for them (``mosaic_ampere/machine.py``) is ``jnp.dot``
 and Hopper's copies; all else is the kernels': the ring, waits, splits, softmax, work lists. It raises where memory is
 read before it is there. Lowering has mma and cp.async, for either compute capability, and checks layouts of registers
 and shared memory, as far as PTX instructions; ptxas does not run.
@@ -17,7 +17,7 @@ from attention_cases import Rows, Sizes, check, make_case
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh
 
-from jmemserve.kernels import Ragged, mosaic_ampere, mosaic_gpu
+from jmemserve.kernels import Ragged, attention_backend, mosaic_ampere, mosaic_gpu, mosaic_mma
 from jmemserve.kernels.choice import Need, choose
 from jmemserve.kernels.mosaic_ampere.decode import BLOCKS
 from jmemserve.kernels.mosaic_gpu.work import splits_of
@@ -83,6 +83,9 @@ class Device(jax.sharding.AbstractDevice):
 
 A100 = Device(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
 L4 = Device(device_kind="NVIDIA L4", num_cores=58, platform="gpu", compute_capability="8.9")
+H200 = Device(device_kind="NVIDIA H200", num_cores=132, platform="gpu", compute_capability="9.0")
+B200 = Device(device_kind="NVIDIA B200", num_cores=148, platform="gpu", compute_capability="10.0")
+RTX_5090 = Device(device_kind="NVIDIA GeForce RTX 5090", num_cores=170, platform="gpu", compute_capability="12.0")
 
 
 def lowered(
@@ -97,10 +100,11 @@ def lowered(
 
     ragged = Ragged(ints(tokens), ints(tokens), ints(rows, width), ints(rows), ints(rows + 1))
     q, kv = made((tokens, kv_heads * group, head_dim), dtype), made((tokens, kv_heads, head_dim), dtype)
+    attend = attention_backend("mosaic_ampere" if device in (A100, L4) else "mosaic_mma")
     pages = made((1000, 2, 2, kv_heads, size, head_dim), dtype)
 
     def layer(q, k, v, pages, ragged):
-        return mosaic_ampere.attend(q, k, v, pages, 1, ragged, Rule(head_dim**-0.5, **rule))
+        return attend(q, k, v, pages, 1, ragged, Rule(head_dim**-0.5, **rule))
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
         traced = jax.jit(layer, donate_argnums=3).trace(q, kv, kv, pages, ragged)
@@ -120,9 +124,20 @@ def test_decode_lowers(heads: tuple[int, int, int], rows: int, device: Device) -
     assert "fence.proxy" not in text and "nvvm.fence" not in text, "these GPUs have no such instruction"
 
 
+@pytest.mark.parametrize("device", [H200, B200, RTX_5090], ids=["H200", "B200", "RTX 5090"])
+@pytest.mark.parametrize("tokens, rows", [(1, 1), (256, 256), (2048, 64)])
+@pytest.mark.parametrize("heads", [LLAMA_3_8B, SMALL_HEADS], ids=["llama 3", "small heads"])
+def test_it_lowers_for_later_gpus(heads: tuple[int, int, int], tokens: int, rows: int, device: Device) -> None:
+    text = lowered(device, tokens, rows, heads, 16, "bfloat16", 512)
+    assert text.count("custom_call @mosaic_gpu") == (1 if tokens == rows else 2)
+    assert "mma.sync.aligned.m16n8k16" in text and "wgmma" not in text
+    assert "cp.async.bulk" in text, "pages come by the tensor memory accelerator"
+
+
+@pytest.mark.parametrize("device", [A100, B200], ids=["A100", "B200"])
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
-def test_every_block_size_lowers(size: int) -> None:
-    lowered(A100, 64, 8, SMALL_HEADS, size, "float16", 4096 // size)
+def test_every_block_size_lowers(size: int, device: Device) -> None:
+    lowered(device, 64, 8, SMALL_HEADS, size, "float16", 4096 // size)
 
 
 @pytest.mark.parametrize(
@@ -156,15 +171,17 @@ SERVED = [
     "NVIDIA RTX A6000",
     "NVIDIA RTX 6000 Ada Generation",
 ]
-NOT_SERVED = [
-    "NVIDIA H200",
+BLACKWELL = [
     "NVIDIA B200",
+    "NVIDIA GB300",
+    "NVIDIA GeForce RTX 5090",
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
+]
+NOT_SERVED = [
     "Tesla T4",
     "Tesla V100-SXM2-16GB",
     "Quadro RTX 4000",
     "NVIDIA GeForce RTX 2080 Ti",
-    "NVIDIA GeForce RTX 5090",
-    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
 ]
 
 
@@ -173,9 +190,22 @@ def test_it_is_chosen_on_ampere_and_ada(kind: str) -> None:
     assert choose("auto", dataclasses.replace(NEED, device_kind=kind)).name == "mosaic_ampere"
 
 
+@pytest.mark.parametrize("kind", BLACKWELL)
+def test_its_sister_is_chosen_on_blackwell(kind: str) -> None:
+    assert choose("auto", dataclasses.replace(NEED, device_kind=kind)).name == "mosaic_mma"
+
+
+def test_its_sister_stands_in_on_hopper() -> None:
+    need = dataclasses.replace(NEED, device_kind="NVIDIA H200")
+    assert choose("auto", need).name == "mosaic_gpu"
+    assert choose("auto", need, lambda name: "wrong" if name == "mosaic_gpu" else None).name == "mosaic_mma"
+
+
 @pytest.mark.parametrize("kind", NOT_SERVED)
 def test_other_gpus_are_refused(kind: str) -> None:
-    assert "compute capability 8" in str(mosaic_ampere.why_not(dataclasses.replace(NEED, device_kind=kind)))
+    need = dataclasses.replace(NEED, device_kind=kind)
+    assert "compute capability 8" in str(mosaic_ampere.why_not(need))
+    assert "from Hopper on" in str(mosaic_mma.why_not(need))
 
 
 def test_what_it_cannot_serve_is_refused() -> None:
@@ -189,4 +219,5 @@ def test_what_it_cannot_serve_is_refused() -> None:
     ]
     for other in others:
         assert mosaic_ampere.why_not(dataclasses.replace(NEED, **other)), other
+        assert mosaic_mma.why_not(dataclasses.replace(NEED, **{"device_kind": "NVIDIA B200", **other})), other
     assert mosaic_gpu.why_not(NEED)

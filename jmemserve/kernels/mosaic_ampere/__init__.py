@@ -1,4 +1,5 @@
-"""Paged attention for GPUs of the Ampere and Ada kind, in Pallas' Mosaic GPU: pages come by cp.async, products by mma.
+"""Paged attention with products by mma, in Pallas' Mosaic GPU: for Ampere and Ada, whose pages come by cp.async, and
+in ``mosaic_mma`` for later ones.
 
     decode.py    rows with one new token: splits of a row's keys in parallel, tiles of 16 query rows
     prefill.py   rows with several: tiles of 64 stacked query rows
@@ -11,6 +12,7 @@ before it works on this one, and other thread blocks on the same multiprocessor 
 """
 
 import re
+from functools import partial
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -40,6 +42,11 @@ def why_not(need: Need) -> str | None:
         return "it is for GPUs"
     if not DEVICES.search(need.device_kind):
         return f"it is written for GPUs of compute capability 8, which a {need.device_kind!r} is not known to be"
+    return too_much(need)
+
+
+def too_much(need: Need) -> str | None:
+    """What of a model the kernels cannot serve on any GPU, in a few words; None: nothing."""
     if need.dtype not in ("bfloat16", "float16"):
         return f"tensor cores multiply bfloat16 and float16, not {need.dtype}"
     if need.head_dim not in HEADS:
@@ -64,14 +71,34 @@ def attend(
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, Pages]:
     """See ``jmemserve.kernels.Attention``. ``interpret``: run the kernels on CPU, to see what they compute."""
+    barriers = interpret is not None  # the interpreter knows no copies without
+    return attend_by_mma(q, k, v, pages, layer, ragged, rule, sinks, interpret, barriers=barriers)
+
+
+def attend_by_mma(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: Pages,
+    layer: int,
+    ragged: Ragged,
+    rule: Rule,
+    sinks: jax.Array | None,
+    interpret: plgpu.InterpretGPUParams | None,
+    *,
+    barriers: bool,
+) -> tuple[jax.Array, Pages]:
+    """The same on any of these GPUs; ``barriers``: whether copies tell barriers, see ``machine.py``."""
     longest = max(DECODE_SPAN, PREFILL_SPAN)
-    return attend_by(_ones, _many, longest, q, k, v, pages, layer, ragged, rule, sinks, interpret)
+    ones, many = partial(_ones, barriers), partial(_many, barriers)
+    return attend_by(ones, many, longest, q, k, v, pages, layer, ragged, rule, sinks, interpret)
 
 
-def _ones(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
-    plan = Plan(**vars(pool), span=DECODE_SPAN, slots=2, query_rows=DECODE_ROWS)
+def _ones(barriers: bool, pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
+    plan = Plan(**vars(pool), span=DECODE_SPAN, slots=2, query_rows=DECODE_ROWS, barriers=barriers)
     return one_token_rows(plan, q, kv, tables, context)
 
 
-def _many(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged):
-    return many_token_rows(Plan(**vars(pool), span=PREFILL_SPAN, slots=2, query_rows=TILE), q, kv, tables, ragged, 2)
+def _many(barriers: bool, pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged):
+    plan = Plan(**vars(pool), span=PREFILL_SPAN, slots=2, query_rows=TILE, barriers=barriers)
+    return many_token_rows(plan, q, kv, tables, ragged, 2)

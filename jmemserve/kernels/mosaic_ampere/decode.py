@@ -30,7 +30,7 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
     out_dtype = plan.dtype if splits == 1 else jnp.dtype(jnp.float32)
 
     def kernel(q_ref, kv_ref, tables_ref, context_ref, out_ref, lse_ref, queries, *rest):
-        ring, arrived = (rest[:-1], [rest[-1].at[0]]) if plan.interpret else (rest, [])
+        ring, arrived = (rest[:-1], [rest[-1].at[0]]) if plan.barriers else (rest, [])
         row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
         context = context_ref[row]
         low, first, last = spans_of_split(plan, context, split, splits)

@@ -1,8 +1,10 @@
 """What the GPU does for the kernels, and what stands for it in JAX's interpreter.
 
-The interpreter knows neither mma nor copies by cp.async. There a product is ``jnp.dot``, and a copy is one of those
-with a barrier, as Hopper's are, of which a slot has one: that the kernels wait before they read is seen there too, but
-not that the number of copies which may still be under way is the right one.
+Up to Ada, copies are by cp.async, and a thread waits until no more than so many of its own are under way. From Hopper
+on they are by TMA, which tells a barrier, of which each slot has one; Pallas has no others there.
+
+JAX's interpreter knows neither mma nor cp.async. There a product is ``jnp.dot``, and copies tell barriers: that the
+kernels wait before they read is seen there too, but not that the number of copies still under way is the right one.
 """
 
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 def copy(source, target, arrived) -> None:
     """Begin to bring ``source`` (global memory) to ``target`` (shared memory); ``arrived``: see ``barriers``."""
     for barrier in arrived:
-        plgpu.commit_smem()  # Hopper's copies need it after reads of the target; cp.async only the barrier before it
+        plgpu.commit_smem()  # these copies need it after reads of the target; cp.async only the barrier before it
         plgpu.copy_gmem_to_smem(source, target, barrier)
         return
     plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
@@ -27,8 +29,8 @@ def wait(arrived, later: int) -> None:
 
 
 def barriers(plan, copies: int, slots: int) -> list:
-    """Scratch that ``arrived`` is a slot of: in the interpreter a barrier for ``copies`` copies, else nothing."""
-    return [plgpu.Barrier(num_arrivals=copies, num_barriers=slots)] if plan.interpret else []
+    """Scratch that ``arrived`` is a slot of: one barrier each for ``copies`` copies, or nothing."""
+    return [plgpu.Barrier(num_arrivals=copies, num_barriers=slots)] if plan.barriers else []
 
 
 def product(plan, left, right, start):

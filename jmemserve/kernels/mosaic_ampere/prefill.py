@@ -30,7 +30,7 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
         q_ref, kv_ref, tables_ref, context_ref, starts_ref, rows_ref, owner_ref, positions_ref, out_ref, lse_ref,
         queries, *rest,
     ):  # fmt: skip
-        ring, arrived = (rest[:-1], [rest[-1].at[0]]) if plan.interpret else (rest, [])
+        ring, arrived = (rest[:-1], [rest[-1].at[0]]) if plan.barriers else (rest, [])
         number, head = lax.axis_index("tile"), lax.axis_index("head")
         first_token = lax.div(number * tile, jnp.int32(group))
         after_token = lax.div(number * tile + (tile - 1), jnp.int32(group)) + 1

@@ -25,6 +25,7 @@ class Plan(Tiling):
     """What is known when a kernel is compiled."""
 
     query_rows: int  # 16, of which all four warps take their part of the columns; or 64, 16 for each warp
+    barriers: bool  # that copies tell, see ``machine.py``
 
     @property
     def rows(self) -> int:
@@ -49,7 +50,7 @@ class Plan(Tiling):
         return plgpu.SMEM(shape, self.dtype, transforms=transforms)
 
     def ring(self) -> list:
-        """Scratch: keys, values, weights; in the interpreter also barriers."""
+        """Scratch: keys, values, weights, barriers if copies tell them."""
         spans = self.swizzled(self.slots, self.span, self.head)
         return [spans, spans, self.swizzled(self.rows, self.span), *barriers(self, 2 * self.copies, self.slots)]
 

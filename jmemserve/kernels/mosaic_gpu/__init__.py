@@ -4,7 +4,7 @@
     prefill.py   rows with several: tiles of stacked queries
     tiles.py     what both do with a span of keys and values
 
-and, for the kernels of older GPUs (``mosaic_ampere``) too,
+and, for the kernels of other GPUs (``mosaic_ampere``) too,
 
     step.py      one layer's attention, given the two kernels
     work.py      who does what: splits, tiles of stacked queries
@@ -15,7 +15,7 @@ New keys and values are written before, by XLA's scatter, in place in donated pa
 and every thread block of the kernels may then read any page without waiting for another. Sinks are applied after, from
 the log of the sum of exponentials that the kernels hand out; window and soft cap are inside.
 
-Other GPUs are refused: wgmma exists on Hopper only. Blackwell replaced it; for Ampere and Ada see ``mosaic_ampere``.
+Other GPUs are refused: wgmma exists on Hopper only. for those before and after see ``mosaic_ampere``.
 """
 
 import jax
