@@ -4,6 +4,7 @@ All else about the package is in pyproject.toml.
 """
 
 import importlib.util
+import os
 import platform
 from pathlib import Path
 
@@ -47,7 +48,9 @@ class BuildNative(build_ext):
             ]
             path = Path(self.get_ext_fullpath(ext.name))
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.compiler.link_shared_object(objects, str(path), target_lang="c++")
+            beside = path.with_name(f"{path.name}.{os.getpid()}")  # half a library kills who loads it
+            self.compiler.link_shared_object(objects, str(beside), target_lang="c++")
+            beside.replace(path)
         except Exception as error:
             print(f"jmemserve: the C++ library for CPUs is left out, XLA does its work, more slowly ({error})")
 

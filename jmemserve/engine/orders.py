@@ -64,22 +64,20 @@ class Orders:
         """Each row is one token further, at the next slot, unless that begins a block."""
         rows, seqs = plan.num_rows, plan.shape.seqs
         ints = last.ints.copy()
-        tables = 3 * seqs  # after tokens, positions and slots; see ``unpack``
-        context = tables + seqs * self._width
-        ints[seqs : seqs + rows] += 1
-        ints[2 * seqs : 2 * seqs + rows] += 1
-        ints[context : context + rows] += 1
+        tables = 4 * seqs  # after tokens, positions, slots and context; see ``unpack``
+        counted = ints[seqs:tables].reshape(3, seqs)[:, :rows]
+        counted += 1
         if plan.repeats == 1:  # the plan before may have had tokens that the host knew
             ints[:rows] = 0
-            ints[context + 2 * seqs + 1 :][:rows] = np.arange(rows)
+            ints[-seqs:][:rows] = np.arange(rows)
         for row, page in plan.grown:
             ints[tables + row * self._width + int(ints[seqs + row]) // self._size] = page
             ints[2 * seqs + row] = page * self._size
         draw = last.draw
         if draw is not None:
-            counted = draw[1].copy()
-            counted[3, :rows] += 1
-            draw = draw[0], counted
+            further = draw[1].copy()
+            further[3, :rows] += 1
+            draw = draw[0], further
         return Order(plan.shape, ints, None, draw, last.describe)
 
 
@@ -91,10 +89,10 @@ def num_ints(shape: StepShape, width: int) -> int:
 def unpack(ints: jax.Array, shape: StepShape, width: int) -> tuple[jax.Array, Ragged, jax.Array]:
     """The one array that travels to the device per step -> (tokens, where they live, rows of the last output)."""
     t, b = shape.tokens, shape.seqs
-    sizes = (t, t, t, b * width, b, b + 1, b)
+    sizes = (t, t, t, b, b * width, b + 1, b)
     edges = np.cumsum((0, *sizes))
     assert edges[-1] == num_ints(shape, width), (edges[-1], shape, width)
-    tokens, positions, slots, tables, context, starts, from_last = (
+    tokens, positions, slots, context, tables, starts, from_last = (
         ints[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True)
     )
     return tokens, Ragged(positions, slots, tables.reshape(b, width), context, starts), from_last
@@ -122,7 +120,7 @@ def _make_ints(plan: Plan, width: int, block_size: int) -> tuple[np.ndarray, np.
         context[row], from_last[row] = stop, piece.promised_row
         starts[row + 1] = at = end
     starts[len(plan.slices) + 1 :] = at
-    return np.concatenate((tokens, positions, slots, tables.ravel(), context, starts, from_last)), from_last
+    return np.concatenate((tokens, positions, slots, context, tables.ravel(), starts, from_last)), from_last
 
 
 def _make_draw(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
