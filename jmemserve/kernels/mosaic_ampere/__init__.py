@@ -22,7 +22,7 @@ from jmemserve.kernels.choice import Need
 from jmemserve.kernels.mosaic_ampere.decode import one_token_rows
 from jmemserve.kernels.mosaic_ampere.prefill import many_token_rows
 from jmemserve.kernels.mosaic_ampere.tiles import Plan
-from jmemserve.kernels.mosaic_gpu.plan import Pool
+from jmemserve.kernels.mosaic_gpu.plan import Pool, wrong_pages
 from jmemserve.kernels.mosaic_gpu.step import attend_by
 from jmemserve.kernels.pages import Pages
 from jmemserve.kernels.rule import Rule
@@ -47,15 +47,11 @@ def why_not(need: Need) -> str | None:
 
 def too_much(need: Need) -> str | None:
     """What of a model the kernels cannot serve on any GPU, in a few words; None: nothing."""
-    if need.dtype not in ("bfloat16", "float16"):
-        return f"tensor cores multiply bfloat16 and float16, not {need.dtype}"
     if need.head_dim not in HEADS:
         return f"its tiles hold head dims of 64 and 128, not {need.head_dim}"
-    if need.block_size % 16 or (need.block_size & (need.block_size - 1)) or need.block_size > 256:
-        return f"it copies blocks of 16, 32, 64, 128 or 256 tokens, not {need.block_size}"
     if need.group > DECODE_ROWS:
         return f"its tile has {DECODE_ROWS} query rows for a kv head, not {need.group}"
-    return None
+    return wrong_pages(need)
 
 
 def attend(

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.choice import Need
 from jmemserve.kernels.mosaic_gpu.decode import one_token_rows
-from jmemserve.kernels.mosaic_gpu.plan import Pool
+from jmemserve.kernels.mosaic_gpu.plan import Pool, wrong_pages
 from jmemserve.kernels.mosaic_gpu.prefill import many_token_rows
 from jmemserve.kernels.mosaic_gpu.step import attend_by
 from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan
@@ -54,15 +54,11 @@ def why_not(need: Need) -> str | None:
         return "it is for GPUs"
     if not any(word in HOPPER for word in need.device_kind.split()):
         return f"it is written for Hopper's wgmma, which a {need.device_kind!r} does not have"
-    if need.dtype not in ("bfloat16", "float16"):
-        return f"tensor cores multiply bfloat16 and float16, not {need.dtype}"
     if need.head_dim not in HEADS:
         return f"its tiles hold multiples of 16, above 128 of 32, up to 256, not a head dim of {need.head_dim}"
-    if need.block_size % 16 or (need.block_size & (need.block_size - 1)) or need.block_size > 256:
-        return f"it copies blocks of 16, 32, 64, 128 or 256 tokens, not {need.block_size}"
     if need.group > ROWS:
         return f"its tile has {ROWS} query rows for a kv head, not {need.group}"
-    return None
+    return wrong_pages(need)
 
 
 def attend(

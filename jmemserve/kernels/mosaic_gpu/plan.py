@@ -7,9 +7,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jmemserve.kernels.choice import Need
 from jmemserve.kernels.rule import Rule
 
 COLUMNS = 128  # of a head that one product makes; a head with more is a wide one
+
+
+def wrong_pages(need: Need) -> str | None:
+    """What of pages the kernels cannot read, in a few words; None: nothing."""
+    if need.dtype not in ("bfloat16", "float16"):
+        return f"tensor cores multiply bfloat16 and float16, not {need.dtype}"
+    if need.block_size % 16 or (need.block_size & (need.block_size - 1)) or need.block_size > 256:
+        return f"it copies blocks of 16, 32, 64, 128 or 256 tokens, not {need.block_size}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
