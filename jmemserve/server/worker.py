@@ -137,6 +137,8 @@ class Worker:
                 error = life.exception()
                 if isinstance(error, RefusedError):
                     raise ConfigError(f"{self._config.join} does not take this instance: {error}")
+                if isinstance(error, ConfigError):  # what it was given will not do the next time either
+                    raise error
                 if not isinstance(error, JmemserveError | TimeoutError | None):
                     raise error if error is not None else AssertionError("a life ended without a reason")
                 if self._host is not None:

@@ -1,5 +1,6 @@
 """The compiled step: the pages are never copied, and arithmetic is checked before anything is served."""
 
+import dataclasses
 import re
 import threading
 from collections.abc import Callable
@@ -110,6 +111,22 @@ def test_arithmetic_is_checked(mesh: Mesh, monkeypatch: pytest.MonkeyPatch, dtyp
     monkeypatch.setattr(selftest, "attention_backend", lambda name: lambda q, k, v, pages, *rest: (q, pages))
     with pytest.raises(ConfigError, match="computes attention by 'xla' wrongly"):
         selftest.check_arithmetic(device, "xla", need)
+
+
+@pytest.mark.parametrize("forgotten", ["window", "soft_cap"])
+def test_what_the_model_asks_of_attention_is_checked(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    need = Need("cpu", "cpu", "float32", 2, 3, 64, 16, 4, window=True, soft_cap=True)
+    assert selftest.check_arithmetic(mesh.local_devices[0], "xla", need) < 1e-5
+    right = selftest.attention_backend("xla")
+
+    def forgetful(q, k, v, pages, layer, ragged, rule):
+        return right(q, k, v, pages, layer, ragged, dataclasses.replace(rule, **{forgotten: None}))
+
+    monkeypatch.setattr(selftest, "attention_backend", lambda name: forgetful)
+    with pytest.raises(ConfigError, match="computes attention by 'xla' wrongly"):
+        selftest.check_arithmetic(mesh.local_devices[0], "xla", need)
 
 
 def test_an_instance_starts_without_the_kernel_that_fails(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:

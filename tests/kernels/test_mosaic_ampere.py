@@ -170,6 +170,8 @@ SERVED = [
     "NVIDIA GeForce RTX 4090",
     "NVIDIA RTX A6000",
     "NVIDIA RTX 6000 Ada Generation",
+    "NVIDIA A10M",
+    "GRID A100D-80C",
 ]
 BLACKWELL = [
     "NVIDIA B200",
@@ -193,6 +195,11 @@ def test_it_is_chosen_on_ampere_and_ada(kind: str) -> None:
 @pytest.mark.parametrize("kind", BLACKWELL)
 def test_its_sister_is_chosen_on_blackwell(kind: str) -> None:
     assert choose("auto", dataclasses.replace(NEED, device_kind=kind)).name == "mosaic_mma"
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB", "NVIDIA H20-3e", "NVIDIA H100-80C"])
+def test_hoppers_have_their_own(kind: str) -> None:
+    assert choose("auto", dataclasses.replace(NEED, device_kind=kind)).name == "mosaic_gpu"
 
 
 def test_its_sister_stands_in_on_hopper() -> None:

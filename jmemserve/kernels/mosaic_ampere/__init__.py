@@ -28,7 +28,7 @@ from jmemserve.kernels.pages import Pages
 from jmemserve.kernels.rule import Rule
 
 # As JAX names those of compute capability 8.0, 8.6 and 8.9: "NVIDIA A100-SXM4-80GB", "NVIDIA RTX 6000 Ada Generation".
-DEVICES = re.compile(r"\b(A(2|10G?|16|30|40|100X?|800)|L(2|4|20|40S?)|RTX A\d+|GeForce RTX [34]0\d0)\b|\bAda\b")
+DEVICES = re.compile(r"\b(A(2|10[GM]?|16|30X?|40|100[DX]?|800)|L(2|4|20|40S?)|RTX A\d+|GeForce RTX [34]0\d0)\b|\bAda\b")
 HEADS = (64, 128)  # head dims whose tiles fit registers and swizzles
 DECODE_ROWS = 16  # query rows of an mma: the most query heads of a kv head
 DECODE_SPAN = 64  # keys: 32 kB of keys and values on their way, and as much in use, of at least 99 kB

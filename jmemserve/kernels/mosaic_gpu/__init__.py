@@ -15,8 +15,10 @@ New keys and values are written before, by XLA's scatter, in place in donated pa
 and every thread block of the kernels may then read any page without waiting for another. Sinks are applied after, from
 the log of the sum of exponentials that the kernels hand out; window and soft cap are inside.
 
-Other GPUs are refused: wgmma exists on Hopper only. for those before and after see ``mosaic_ampere``.
+Other GPUs are refused: wgmma exists on Hopper only; for those before and after see ``mosaic_ampere``.
 """
+
+import re
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -31,7 +33,7 @@ from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan
 from jmemserve.kernels.pages import Pages
 from jmemserve.kernels.rule import Rule
 
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")  # as JAX names them: "NVIDIA H100 80GB HBM3"
+DEVICES = re.compile(r"\bG?H(100|200|20|800)(-|\b)")  # as JAX names Hoppers: "NVIDIA H100 80GB HBM3"
 HEADS = (*range(16, 128, 16), *range(128, 257, 32))  # head dims whose tiles fit swizzles, registers, shared memory
 TILE = 128  # query rows, and keys, of one go of a thread block where rows have several tokens
 WIDE = 128  # head dims above it have fewer keys in a go, for registers and shared memory
@@ -52,8 +54,8 @@ def why_not(need: Need) -> str | None:
     """What keeps the kernels from serving this, in a few words; None: nothing."""
     if need.platform != "gpu":
         return "it is for GPUs"
-    if not any(word in HOPPER for word in need.device_kind.split()):
-        return f"it is written for Hopper's wgmma, which a {need.device_kind!r} does not have"
+    if not DEVICES.search(need.device_kind):
+        return f"it is written for Hopper's wgmma, which a {need.device_kind!r} is not known to have"
     if need.head_dim not in HEADS:
         return f"its tiles hold multiples of 16, above 128 of 32, up to 256, not a head dim of {need.head_dim}"
     if need.group > ROWS:
