@@ -44,6 +44,12 @@ def test_heads_and_types(isa: str, head: int, dtype: str, kv_dtype: str | None) 
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_long_rows(isa: str) -> None:
+    sizes, rows = Sizes(1, 2, 64, 2, 64), [(32768, 1), (20000, 40), (1, 1)]
+    check(functools.partial(cpu.attend, isa=isa), make_case(9, rows, sizes, 45, 4), sizes, sizes.rule())
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_soft_cap_and_sinks(isa: str, soft_cap: float | None, sinks: bool) -> None:

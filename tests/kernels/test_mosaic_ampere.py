@@ -66,6 +66,10 @@ def test_mixed_batch(rows: Rows, sizes: Sizes, aggregated: bool, rule: dict) -> 
     run(rows, sizes, (3, 1), aggregated, **rule)
 
 
+def test_a_row_of_32k() -> None:
+    run([(32768, 1)], Sizes(1, 2, 64, 2, 256, "bfloat16"))
+
+
 def test_sinks() -> None:
     sinks = np.random.default_rng(7).normal(size=2).astype(np.float32) * 3
     run([(70, 1), (30, 20)], Sizes(1, 2, 64, 2, 64, "float16"), sinks=sinks, soft_cap=3.0)

@@ -51,6 +51,12 @@ def test_one_token_per_row(backend: str, window: int | None) -> None:
     run(backend, 1, [(500, 1), (3, 1), (128, 1), (129, 1)], Sizes(), padding=2, window=window)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_rows(backend: str) -> None:
+    sizes, rows = Sizes(1, 2, 64, 2, 64), [(32768, 1), (20000, 40), (1, 1)]
+    check(attention_backend(backend), make_case(9, rows, sizes, 45, 4), sizes, sizes.rule())
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 99),

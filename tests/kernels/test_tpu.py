@@ -33,6 +33,10 @@ def run(rows: Rows, sizes: Sizes, padding: int = 0, aggregated: bool = True, sin
     check(SIMULATED, case, sizes, rule, extra, aggregated, fold=tpu.fold(sizes.head), **close)
 
 
+def test_a_row_of_32k() -> None:
+    run([(32768, 1)], Sizes(1, 2, 64, 2, 256, "bfloat16"))
+
+
 @pytest.mark.parametrize("aggregated", [True, False], ids=["aggregated", "discrete"])
 def test_mixed_batch(aggregated: bool) -> None:
     run(MIXED, SIZES, padding=5, aggregated=aggregated)
