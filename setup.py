@@ -55,7 +55,10 @@ class BuildNative(build_ext):
             print(f"jmemserve: the C++ library for CPUs is left out, XLA does its work, more slowly ({error})")
 
 
-sources = [NATIVE / name for name in ("handlers.cc", "moves.cc", "base.cc", *MACHINES.get(platform.machine(), []))]
+sources = [
+    NATIVE / name
+    for name in ("attention.cc", "products.cc", "moves.cc", "base.cc", *MACHINES.get(platform.machine(), []))
+]
 setup(
     ext_modules=[
         Extension(

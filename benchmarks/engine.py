@@ -5,10 +5,10 @@
     python benchmarks/engine.py --attention xla      without our own kernels
     python benchmarks/engine.py --quick              small sizes: shows that it works, measures nothing
 
-Decode at batch b has to read every weight once per step and each sequence's keys and values: its limit is the memory
-bandwidth over those bytes. Prefill has to do two FLOP per weight and token and the attention products: its limit is
-the rate of XLA's own large matrix product. The last table is the time to the first token of a prompt of which a share
-is in the cache (paper figure 13), from device memory and from host memory.
+A step has to read every weight once and each sequence's keys and values. It has to do two FLOP per weight and token (per
+prompt for the logits' weight) and the attention products. Its limit is the longer of the two times, by the bandwidth of
+memory and by the rate of XLA's own large matrix product. The last table is the time to the first token of a prompt of
+which a share is in the cache (paper figure 13), from device memory and from host memory.
 """
 
 import argparse
@@ -149,14 +149,22 @@ def measure(args: argparse.Namespace) -> None:
     weights, kv_per_token = count_weights(config), 2 * config.num_layers * config.num_kv_heads * config.head_dim
     head = config.hidden_size * config.vocab_size  # never quantized
     weight_bytes = item * head + (item if config.quantized is None else 1) * (weights - head)
+    per_pair = 4 * config.num_heads * config.head_dim * config.num_layers  # FLOP of a query and a key
+
+    def limit(tokens: int, logits: int, pairs: float, keys: float) -> tuple[float, str]:
+        """Steps per second at most, and by what: tokens computed, logits made, (query, key) pairs, keys read."""
+        arithmetic = (2 * (weights - head) * tokens + 2 * head * logits + per_pair * pairs) / rate
+        memory = (weight_bytes + item * keys * kv_per_token) / bandwidth
+        return (1 / arithmetic, "arithmetic") if arithmetic > memory else (1 / memory, "memory")
+
     rows = []
     for length, seconds in prefill.items():
-        flop = 2 * weights * length + 2 * length**2 * config.num_heads * config.head_dim * config.num_layers
-        rows.append(("prefill", length, length / float(np.median(seconds)), rate / (flop / length)))
+        most, by = limit(length, 1, length**2 / 2, 0)
+        rows.append(("prefill", length, length / float(np.median(seconds)), most * length, by))
     for batch, speeds in decode.items():
-        mean_context = args.context + args.new_tokens / 2
-        limit = batch * bandwidth / (weight_bytes + item * batch * mean_context * kv_per_token)
-        rows.append(("decode", batch, float(np.median(speeds)), limit))
+        keys = batch * (args.context + args.new_tokens / 2)
+        most, by = limit(batch, batch, keys, keys)
+        rows.append(("decode", batch, float(np.median(speeds)), most * batch, by))
     first = [] if args.skip_cached else cached_prompts(engine, longest, args.repeats)
     results = {
         **machine.about(),
@@ -166,7 +174,7 @@ def measure(args: argparse.Namespace) -> None:
         "attention": args.attention,
         "bandwidth_gb_s": bandwidth / 1e9,
         "matmul_gflop_s": rate / 1e9,
-        "rows": [dict(zip(("what", "size", "tokens_per_s", "limit"), row, strict=True)) for row in rows],
+        "rows": [dict(zip(("what", "size", "tokens_per_s", "limit", "limited_by"), row, strict=True)) for row in rows],
         "first_token": first,
     }
     print(json.dumps({key: value for key, value in results.items() if key not in ("rows", "first_token")}, indent=2))
@@ -209,13 +217,13 @@ def _gib(engine: EngineConfig, tokens: int) -> float:
     return tokens * 2 * config.num_layers * config.num_kv_heads * config.head_dim * item / (1 << 30)
 
 
-def show(rows: list[tuple[str, int, float, float]], first: list[dict[str, object]]) -> None:
+def show(rows: list[tuple[str, int, float, float, str]], first: list[dict[str, object]]) -> None:
     """The tables, for people."""
     base = next(row[2] for row in rows if row[0] == "decode")
-    print(f"\n{'':8} {'size':>6} {'tokens/s':>10} {'limit':>10} {'of limit':>9} {'of batch 1':>11}")
-    for what, size, speed, limit in rows:
+    print(f"\n{'':8} {'size':>6} {'tokens/s':>10} {'limit':>10} {'by':10} {'of limit':>9} {'of batch 1':>11}")
+    for what, size, speed, limit, by in rows:
         times = f"{speed / base:10.2f}x" if what == "decode" else ""
-        print(f"{what:8} {size:6} {speed:10.1f} {limit:10.1f} {speed / limit:8.1%} {times:>11}")
+        print(f"{what:8} {size:6} {speed:10.1f} {limit:10.1f} {by:10} {speed / limit:9.1%} {times:>11}")
     if first:
         print(f"\nfirst token of {first[0]['tokens']} tokens, by what is cached")
         for row in first:

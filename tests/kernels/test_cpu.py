@@ -91,7 +91,7 @@ def test_a_row_does_not_depend_on_its_company() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("columns", [1, 2, 3, 7, 8, 9, 16, 31, 32, 33, 70])
+@pytest.mark.parametrize("columns", [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 70, 129])
 @pytest.mark.parametrize("rows, depth", [(1, 5), (37, 64), (200, 600), (97, 1100)])
 def test_products(isa: str, columns: int, rows: int, depth: int) -> None:
     rng = np.random.default_rng(columns)

@@ -83,6 +83,5 @@ def project(weight: jax.Array, x: jax.Array, used: jax.Array | None = None, *, i
     if weight.dtype.itemsize == 1 and weight.dtype != jnp.int8:
         weight = weight.astype(x.dtype)
     call = jax.ffi.ffi_call("jmemserve_product", jax.ShapeDtypeStruct((weight.shape[0], x.shape[1]), jnp.float32))
-    none = jnp.zeros(0, jnp.float32)
     count = jnp.zeros(0, jnp.int32) if used is None else used.reshape(1)
-    return call(weight, none, x, count, isa=isa)
+    return call(weight, x, count, isa=isa)

@@ -5,16 +5,30 @@
 #define WIDTH 16
 #define ROWS 12
 #define DOT_ROWS 4
+#define LANE_ROWS 8
+#define LANE_VECTORS 1
+#define SLIM_WIDTH 8
 
 namespace jmemserve {
 namespace {
 #include "vectors.inc"
-#include "product.inc"
+#include "dots.inc"
+#include "lanes.inc"
 #include "attention.inc"
 }  // namespace
 
-extern const Kernels kAvx512 = {"avx512",      product_few, product_many, pack_panel, pack_columns,
-                               write_token, attend_one,  combine,      attend_tile, tile_floats,
-                               kPanel,      32,          kRowBlock,    kDepthBlock, nullptr};
+extern const Kernels kAvx512 = {"avx512",
+                               product_dots,
+                               product_panels,
+                               pack_columns,
+                               pack_panel,
+                               write_token,
+                               attend_one,
+                               combine,
+                               attend_tile,
+                               tile_floats,
+                               LANES,
+                               SLIM,
+                               nullptr};
 
 }  // namespace jmemserve

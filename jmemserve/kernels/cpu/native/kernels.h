@@ -39,35 +39,33 @@ struct Tile {
   const int32_t* table;    // pages of the sequence
 };
 
-// Products of bfloat16 with bfloat16 where the processor has an instruction for them: x stays as narrow as it is.
+// Products with bfloat16 where the processor has an instruction for them: x stays as narrow as it is. As the functions of
+// the same names below, but that panels are [depth / 2, width, 2], with a zero behind an odd depth.
 struct Narrow {
-  void (*few)(const Bfloat16* weight, const Bfloat16* x, int64_t x_stride, float* out, int64_t out_stride, int64_t rows,
-              int64_t columns, int64_t depth);
-  void (*many)(const Bfloat16* weight, const Bfloat16* x, float* out, int64_t out_stride, int64_t rows,
-               int64_t columns, int64_t depth);
-  void (*pack_columns)(const Bfloat16* x, int64_t x_stride, int64_t columns, int64_t depth, Bfloat16* out,
-                       int64_t padded);
-  void (*pack_panel)(const Bfloat16* x, int64_t x_stride, int64_t first, int64_t columns, int64_t depth,
+  // bfloat16 with one column, which has zeros up to a multiple of 32.
+  void (*product_dots)(const Bfloat16* weight, const Bfloat16* x, float* out, int64_t out_stride, int64_t rows,
+                       int64_t depth);
+  void (*product_panels)(Type type, const void* weight, const Bfloat16* x, float* out, int64_t out_stride, int64_t rows,
+                         int64_t columns, int64_t depth);
+  void (*pack_panel)(const Bfloat16* x, int64_t x_stride, int64_t columns, int64_t width, int64_t depth,
                      Bfloat16* panel);
-  // Whole numbers of 8 bits become bfloat16, exactly.
-  void (*widen)(const int8_t* from, int64_t count, Bfloat16* to);
 };
 
 struct Kernels {
   const char* name;
-  // out[rows, columns] (stride ldo) = weight[rows, depth] * scale[rows] x columns of x. `scale` may be null.
-  // The columns are few: x lies as [columns, depth_padded], zeros behind depth.
-  void (*product_few)(Type type, const void* weight, const float* scale, const float* x, int64_t x_stride, float* out,
-                      int64_t out_stride, int64_t rows, int64_t columns, int64_t depth);
-  // The same for many: x lies in panels of `panel` columns, [panels, depth, panel]. `buffer` holds packed weights.
-  void (*product_many)(Type type, const void* weight, const float* scale, const float* x, float* out,
-                       int64_t out_stride, int64_t rows, int64_t columns, int64_t depth, float* buffer);
-  // Columns first .. first + panel of x [depth, x_stride], as one panel of floats; zeros behind `columns`.
-  void (*pack_panel)(Type type, const void* x, int64_t x_stride, int64_t first, int64_t columns, int64_t depth,
-                     float* panel);
+  // out[rows, columns] (stride out_stride) = weight[rows, depth] x columns of x, which are few: x lies as
+  // [columns, x_stride], zeros behind depth.
+  void (*product_dots)(Type type, const void* weight, const float* x, int64_t x_stride, float* out,
+                       int64_t out_stride, int64_t rows, int64_t columns, int64_t depth);
+  // The same with x in panels [depth, lanes], the last one [depth, slim] if that is enough.
+  void (*product_panels)(Type type, const void* weight, const float* x, float* out, int64_t out_stride, int64_t rows,
+                         int64_t columns, int64_t depth);
   // x [depth, x_stride] -> [columns, padded] floats.
   void (*pack_columns)(Type type, const void* x, int64_t x_stride, int64_t columns, int64_t depth, float* out,
                        int64_t padded);
+  // The first columns of x [depth, x_stride] as a panel of `width` floats; zeros behind `columns`.
+  void (*pack_panel)(Type type, const void* x, int64_t x_stride, int64_t columns, int64_t width, int64_t depth,
+                     float* panel);
   // k, v [K, H] of one token to its place in a page.
   void (*write_token)(const Pages& pages, int64_t page, int64_t offset, Type type, const void* k, const void* v);
   // One query of each of the G heads against keys first .. last - 1: partial[G, H + 2] is (mixed, top, mass).
@@ -78,10 +76,7 @@ struct Kernels {
   // A tile of several queries against everything before them. `buffer` is scratch of tile_floats().
   void (*attend_tile)(const Pages& pages, const Rule& rule, const Tile& tile, Type type, float* buffer);
   int64_t (*tile_floats)(int64_t queries, int64_t group, int64_t head_dim);
-  int64_t panel;        // columns of a panel
-  int64_t few;          // up to so many columns product_few is the faster one
-  int64_t row_block;    // rows of one call of product_many
-  int64_t depth_block;  // its buffer has row_block * depth_block floats
+  int64_t lanes, slim;   // widths of panels
   const Narrow* narrow;  // or null
 };
 

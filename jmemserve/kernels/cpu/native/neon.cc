@@ -3,16 +3,30 @@
 #define WIDTH 4
 #define ROWS 8
 #define DOT_ROWS 4
+#define LANE_ROWS 8
+#define LANE_VECTORS 2
+#define SLIM_WIDTH 4
 
 namespace jmemserve {
 namespace {
 #include "vectors.inc"
-#include "product.inc"
+#include "dots.inc"
+#include "lanes.inc"
 #include "attention.inc"
 }  // namespace
 
-extern const Kernels kNeon = {"neon",      product_few, product_many, pack_panel, pack_columns,
-                               write_token, attend_one,  combine,      attend_tile, tile_floats,
-                               kPanel,      32,          kRowBlock,    kDepthBlock, nullptr};
+extern const Kernels kNeon = {"neon",
+                               product_dots,
+                               product_panels,
+                               pack_columns,
+                               pack_panel,
+                               write_token,
+                               attend_one,
+                               combine,
+                               attend_tile,
+                               tile_floats,
+                               LANES,
+                               SLIM,
+                               nullptr};
 
 }  // namespace jmemserve

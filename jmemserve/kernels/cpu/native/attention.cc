@@ -1,9 +1,11 @@
-// What XLA calls: checks of shapes, division of the work among its threads, nothing of the arithmetic.
+// Attention as XLA calls it: checks of shapes, division of the work among its threads, nothing of the arithmetic. And
+// the choice of the instruction set.
 
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include "calls.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -32,30 +34,6 @@ const Kernels* find_kernels(const char* name) {
 }
 
 namespace {
-
-// Memory that a thread keeps for the next call.
-float* scratch(int64_t floats) {
-  thread_local std::vector<float> kept;
-  if (int64_t(kept.size()) < floats + 16) kept.resize(floats + 16);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(kept.data()) + 63) / 64 * 64);
-}
-
-bool type_of(ffi::DataType from, Type* to) {
-  switch (from) {
-    case ffi::DataType::F32: *to = Type::kFloat32; return true;
-    case ffi::DataType::BF16: *to = Type::kBfloat16; return true;
-    case ffi::DataType::S8: *to = Type::kInt8; return true;
-    default: return false;
-  }
-}
-
-int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kBfloat16 ? 2 : 1; }
-
-const char* at(const void* base, Type type, int64_t index) { return (const char*)base + index * size_of(type); }
-
-ffi::Error wrong(const std::string& what) { return ffi::Error::InvalidArgument("jmemserve: " + what); }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t kChunk = 512;  // keys of one piece of work of a row with one new token: fixed, so that a row's
                                  // result does not depend on who shares the batch
@@ -170,78 +148,6 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   return ffi::Error::Success();
 }
 
-ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer weight, ffi::Buffer<ffi::F32> scales, ffi::AnyBuffer x,
-                   ffi::Buffer<ffi::S32> used, ffi::Result<ffi::Buffer<ffi::F32>> result, std::string_view isa) {
-  const Kernels* kernels = find_kernels(std::string(isa).c_str());
-  if (!kernels) return wrong("this processor has no " + std::string(isa));
-  Type type, x_type;
-  if (!type_of(weight.element_type(), &type) || !type_of(x.element_type(), &x_type) || x_type == Type::kInt8)
-    return wrong("products take float32, bfloat16 and, of weights, int8");
-  auto wd = weight.dimensions(), xd = x.dimensions();
-  if (wd.size() != 2 || xd.size() != 2 || wd[1] != xd[0]) return wrong("sizes that do not fit together");
-  int64_t rows = wd[0], depth = wd[1], stride = xd[1];
-  if (scales.element_count() && int64_t(scales.element_count()) != rows) return wrong("one scale per row is needed");
-  const float* scale = scales.element_count() ? scales.typed_data() : nullptr;
-  int64_t columns = used.element_count() ? std::min<int64_t>(std::max(0, used.typed_data()[0]), stride) : stride;
-  float* out = result->typed_data();
-  const void *w = weight.untyped_data(), *columns_of = x.untyped_data();
-  if (columns < stride)  // nobody needs the others, but they must be numbers
-    for (int64_t r = 0; r < rows; r++) std::memset(out + r * stride + columns, 0, (stride - columns) * sizeof(float));
-  if (columns == 0) return ffi::Error::Success();
-  // Pieces small enough for an even end, large enough to be worth a look at the counter.
-  int64_t few_rows = std::max<int64_t>(8, ceil_div(ceil_div(rows, pool.num_threads() * 8), 8) * 8);
-  bool few = columns <= kernels->few;
-  int64_t piece = few ? few_rows : kernels->row_block, pieces = ceil_div(rows, piece);
-  int64_t padded = ceil_div(depth, 32) * 32, panels = ceil_div(columns, kernels->panel);
-  float* packed = scratch(few ? columns * padded : panels * kernels->panel * padded);
-  auto first_of = [&](int64_t i) { return at(w, type, i * piece * depth); };
-  auto count_of = [&](int64_t i) { return std::min(piece, rows - i * piece); };
-  // A few columns of int8 wait for memory, not for arithmetic: nothing is gained by widening.
-  bool narrow_type = type == Type::kBfloat16 || (type == Type::kInt8 && columns > 8);
-  if (const Narrow* narrow = !scale && x_type == Type::kBfloat16 && narrow_type ? kernels->narrow : nullptr) {
-    auto* from = (const Bfloat16*)columns_of;
-    auto* to = (Bfloat16*)packed;
-    int64_t panel = kernels->panel * ceil_div(depth, 2) * 2;
-    if (few) narrow->pack_columns(from, stride, columns, depth, to, padded);
-    else
-      parallel(pool, panels, [&](int64_t i) {
-        narrow->pack_panel(from, stride, i * kernels->panel, columns, depth, to + i * panel);
-      });
-    parallel(pool, pieces, [&](int64_t i) {
-      auto some = [&](const Bfloat16* own, int64_t first, int64_t count) {
-        if (few) narrow->few(own, to, padded, out + first * stride, stride, count, columns, depth);
-        else narrow->many(own, to, out + first * stride, stride, count, columns, depth);
-      };
-      int64_t first = i * piece, end = first + count_of(i);
-      if (type == Type::kBfloat16) return some((const Bfloat16*)w + first * depth, first, end - first);
-      int64_t step = few ? 8 : piece;  // widened rows stay in the first, or the second cache
-      thread_local std::vector<Bfloat16> wide;
-      wide.resize(step * depth);
-      for (; first < end; first += step) {
-        int64_t count = std::min(step, end - first);
-        narrow->widen((const int8_t*)w + first * depth, count * depth, wide.data());
-        some(wide.data(), first, count);
-      }
-    });
-    return ffi::Error::Success();
-  }
-  if (few) kernels->pack_columns(x_type, columns_of, stride, columns, depth, packed, padded);
-  else
-    parallel(pool, panels, [&](int64_t i) {
-      kernels->pack_panel(x_type, columns_of, stride, i * kernels->panel, columns, depth,
-                          packed + i * kernels->panel * depth);
-    });
-  parallel(pool, pieces, [&](int64_t i) {
-    const float* own = scale ? scale + i * piece : nullptr;
-    float* to = out + i * piece * stride;
-    if (few) return kernels->product_few(type, first_of(i), own, packed, padded, to, stride, count_of(i), columns, depth);
-    thread_local std::vector<float> buffer;
-    buffer.resize(kernels->row_block * kernels->depth_block);
-    kernels->product_many(type, first_of(i), own, packed, to, stride, count_of(i), columns, depth, buffer.data());
-  });
-  return ffi::Error::Success();
-}
-
 }  // namespace
 }  // namespace jmemserve
 
@@ -263,16 +169,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jmemserve_attend, jmemserve::attend,
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Attr<float>("soft_cap")
-                                  .Attr<std::string_view>("isa"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jmemserve_product, jmemserve::product,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()         // weight
-                                  .Arg<ffi::Buffer<ffi::F32>>()  // scales, or none
-                                  .Arg<ffi::AnyBuffer>()         // x
-                                  .Arg<ffi::Buffer<ffi::S32>>()  // columns used, or none: all
-                                  .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<std::string_view>("isa"));
 
 // The name of what is chosen for "", or the same name if this processor has it; else null.
