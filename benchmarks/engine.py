@@ -5,10 +5,10 @@
     python benchmarks/engine.py --attention xla      without our own kernels
     python benchmarks/engine.py --quick              small sizes: shows that it works, measures nothing
 
-A step has to read every weight once and each sequence's keys and values; it has to do two FLOP per weight and token (per
-prompt for the logits' weight) and the attention products. Its limit is the longer of the two times, by the bandwidth of
-memory and by the rate of XLA's own large matrix product. The last table is the time to the first token of a prompt of
-which a share is in the cache (paper figure 13), from device memory and from host memory.
+A step has to read every weight once and each sequence's keys and values; it has to do two FLOP per weight and token
+(per prompt for the logits' weight) and the attention products. Its limit is the longer of the two times, by the
+bandwidth of memory and by the rate of XLA's own large matrix product. The last table is the time to the first token of
+a prompt of which a share is in the cache (paper figure 13), from device memory and from host memory.
 """
 
 import argparse
