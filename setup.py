@@ -11,7 +11,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NATIVE = Path("jmemserve/kernels/cpu/native")
+LIBRARY = Path("jmemserve/kernels/cpu")
+NATIVE = LIBRARY / "native"
 COMMON = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
 FLAGS = {  # of the files that are for some processors only; which of them can run is found out when it is used
@@ -52,6 +53,8 @@ class BuildNative(build_ext):
             self.compiler.link_shared_object(objects, str(beside), target_lang="c++")
             beside.replace(path)
         except Exception as error:
+            # An older library, of a build in place, may not be what today's package calls.
+            (LIBRARY / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
             print(f"jmemserve: the C++ library for CPUs is left out, XLA does its work, more slowly ({error})")
 
 
