@@ -2,7 +2,7 @@
 
     python benchmarks/host.py                                 1, 16, 64 and 256 sequences
     python benchmarks/host.py --output results/host-cpu.json
-    python benchmarks/host.py --quick                         small sizes: shows that it works, measures nothing
+    python benchmarks/host.py --quick                         small sizes where none are given: shows that it works
 
 Scheduler, pool, index, runner and loop are those of an instance; its compiled steps are replaced by programs of the
 same signature (as many weights, the pages donated) that compute nothing. All that is left is the host's work:
@@ -50,18 +50,20 @@ VOCABULARY = 128  # small: the null step fills the logits
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 16, AIM_SEQS, 256])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=5, help="of each; the one whose sum is the median is shown")
+    parser.add_argument("--sequences", type=int, nargs="+")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--repeats", type=int, help="of each; the one whose sum is the median is shown")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: tokens are drawn, by a second program")
     parser.add_argument("--output", type=Path, help="write a JSON file")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
+    usually = ([1, 4], 40, 1) if args.quick else ([1, 16, AIM_SEQS, 256], 400, 5)
+    for name, value in zip(("sequences", "steps", "repeats"), usually, strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if min(*args.sequences, args.steps, args.repeats) < 1 or PROMPT + BLOCK + args.steps > args.max_model_len:
         parser.error("sequences, steps and repeats must be at least 1, and sequences fit into --max-model-len")
-    if args.quick:
-        args.sequences, args.steps, args.repeats = [1, 4], 40, 1
     arrange_cpu_devices(1)
     about = machine.about()
     print(json.dumps(about, indent=2))
