@@ -41,8 +41,10 @@ def run(rows: Rows, sizes: Sizes, padding: tuple[int, int] = (0, 0), aggregated:
         (Sizes(2, 1, 128, 2, 16, "bfloat16"), {}),
         (Sizes(1, 4, 64, 2, 64, "float16"), {"window": 50}),
         (Sizes(1, 16, 64, 2, 256, "bfloat16"), {"soft_cap": 2.0}),
+        (Sizes(1, 1, 96, 2, 16, "bfloat16"), {}),
+        (Sizes(1, 2, 256, 2, 64, "bfloat16"), {"window": 50, "soft_cap": 50.0}),
     ],
-    ids=["heads", "window", "large blocks"],
+    ids=["heads", "window", "large blocks", "head of 96", "wide head"],
 )
 def test_one_token_per_row(sizes: Sizes, rule: dict) -> None:
     run([(130, 1), (64, 1), (3, 1)], sizes, (1, 1), **rule)
@@ -59,8 +61,10 @@ def test_a_long_row_is_split(window: int | None) -> None:
     [
         ([(70, 1), (140, 40), (9, 2), (3, 3)], Sizes(1, 3, 64, 2, 16, "bfloat16"), True, {"window": 60}),
         ([(120, 70), (1, 1)], Sizes(2, 1, 128, 2, 32, "float16"), False, {}),
+        ([(70, 70), (5, 1)], Sizes(1, 1, 96, 2, 32, "bfloat16"), True, {}),
+        ([(90, 40), (33, 1)], Sizes(1, 2, 256, 2, 16, "float16"), True, {"window": 30}),
     ],
-    ids=["parts of rows in a tile", "a row in two tiles"],
+    ids=["parts of rows in a tile", "a row in two tiles", "head of 96", "wide head"],
 )
 def test_mixed_batch(rows: Rows, sizes: Sizes, aggregated: bool, rule: dict) -> None:
     run(rows, sizes, (3, 1), aggregated, **rule)
@@ -144,6 +148,13 @@ def test_every_block_size_lowers(size: int, device: Device) -> None:
     lowered(device, 64, 8, SMALL_HEADS, size, "float16", 4096 // size)
 
 
+@pytest.mark.parametrize("device", [A100, L4, RTX_5090], ids=["A100", "L4", "RTX 5090"])
+@pytest.mark.parametrize("head_dim", mosaic_ampere.HEADS)
+def test_every_head_dim_lowers(head_dim: int, device: Device) -> None:
+    text = lowered(device, 64, 8, (1, 2, head_dim), 16, "bfloat16", 64)
+    assert text.count("custom_call @mosaic_gpu") == 2
+
+
 @pytest.mark.parametrize(
     "heads, size, dtype, rule",
     [
@@ -223,7 +234,8 @@ def test_what_it_cannot_serve_is_refused() -> None:
     others = [
         {"platform": "cpu"},
         {"dtype": "float32"},
-        {"head_dim": 96},
+        {"head_dim": 80},
+        {"head_dim": 288},
         {"block_size": 8},
         {"block_size": 48},
         {"group": 17},

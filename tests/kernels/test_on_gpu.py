@@ -51,6 +51,15 @@ def test_mixed_and_single(name: str, heads: tuple[int, int, int], block: int, dt
 
 
 @pytest.mark.parametrize("name", PREFERRED["gpu"])
+@pytest.mark.parametrize("heads", [(2, 1, 96), (1, 4, 160), (1, 2, 256)], ids=["96", "160", "256"])
+def test_other_head_dims(name: str, heads: tuple[int, int, int]) -> None:
+    sizes = Sizes(*heads, 2, 16, "bfloat16")
+    attend = backend(name, sizes)
+    for rows, rule in ((MIXED, sizes.rule(150)), ([(context, 1) for context, _ in MIXED], sizes.rule(None, 20.0))):
+        check(attend, make_case(3, rows, sizes), sizes, rule, rtol=1.5e-2, atol=1.5e-2)
+
+
+@pytest.mark.parametrize("name", PREFERRED["gpu"])
 def test_sinks(name: str) -> None:
     sizes = Sizes(*LLAMA, 2, 64, "float16")
     sinks = np.random.default_rng(1).normal(size=8).astype(np.float32) * 3

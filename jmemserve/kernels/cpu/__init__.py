@@ -2,8 +2,8 @@
 
 New keys and values are written and attended to in one call, which leaves the pages where they are. Attention is cut in
 ways that depend on a row alone, so its result does not depend on who shares the batch; products add in an order that
-depends on how many columns there are. Columns of padding are not
-computed at all: a step of 64 tokens of which 17 are used costs what 17 cost.
+depends on how many columns there are. Columns of padding are not computed at all: a step of 64 tokens of which 17 are
+used costs what 17 cost.
 """
 
 import jax

@@ -29,7 +29,8 @@ from jmemserve.kernels.rule import Rule
 
 # As JAX names those of compute capability 8.0, 8.6 and 8.9: "NVIDIA A100-SXM4-80GB", "NVIDIA RTX 6000 Ada Generation".
 DEVICES = re.compile(r"\b(A(2|10[GM]?|16|30X?|40|100[DX]?|800)|L(2|4|20|40S?)|RTX A\d+|GeForce RTX [34]0\d0)\b|\bAda\b")
-HEADS = (64, 128)  # head dims whose tiles fit registers and swizzles
+HEADS = tuple(range(32, 257, 32))  # head dims whose columns four warps share
+WIDE = 128  # head dims above it have half the keys in a go, for shared memory and registers
 DECODE_ROWS = 16  # query rows of an mma: the most query heads of a kv head
 DECODE_SPAN = 64  # keys: 32 kB of keys and values on their way, and as much in use, of at least 99 kB
 TILE = 64  # query rows of a thread block where rows have several tokens, and below keys of one go
@@ -48,7 +49,7 @@ def why_not(need: Need) -> str | None:
 def too_much(need: Need) -> str | None:
     """What of a model the kernels cannot serve on any GPU, in a few words; None: nothing."""
     if need.head_dim not in HEADS:
-        return f"its tiles hold head dims of 64 and 128, not {need.head_dim}"
+        return f"its tiles hold multiples of 32 up to 256, not a head dim of {need.head_dim}"
     if need.group > DECODE_ROWS:
         return f"its tile has {DECODE_ROWS} query rows for a kv head, not {need.group}"
     return wrong_pages(need)
@@ -90,11 +91,16 @@ def attend_by_mma(
     return attend_by(ones, many, longest, q, k, v, pages, layer, ragged, rule, sinks, interpret)
 
 
+def _keys(span: int, pool: Pool) -> int:
+    """Of one go."""
+    return span if pool.head <= WIDE else span // 2
+
+
 def _ones(barriers: bool, pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
-    plan = Plan(**vars(pool), span=DECODE_SPAN, slots=2, query_rows=DECODE_ROWS, barriers=barriers)
+    plan = Plan(**vars(pool), span=_keys(DECODE_SPAN, pool), slots=2, query_rows=DECODE_ROWS, barriers=barriers)
     return one_token_rows(plan, q, kv, tables, context)
 
 
 def _many(barriers: bool, pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged):
-    plan = Plan(**vars(pool), span=PREFILL_SPAN, slots=2, query_rows=TILE, barriers=barriers)
+    plan = Plan(**vars(pool), span=_keys(PREFILL_SPAN, pool), slots=2, query_rows=TILE, barriers=barriers)
     return many_token_rows(plan, q, kv, tables, ragged, 2)

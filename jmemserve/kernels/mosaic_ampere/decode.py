@@ -40,11 +40,12 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
         state = attend_spans(
             plan, ring, tables_ref, kv_ref, row, head, queries, limit, low, context, first, last, nothing_yet(plan)
         )
-        (out,), lse = finish(state)
+        out, lse = finish(state)
 
         @pl.when((first < last) | (splits == 1))  # what nobody wrote, ``combine`` does not look at
         def _():
-            store(out_ref.at[split, row, head], out.astype(out_dtype))
+            for mixed, columns in zip(out, plan.parts, strict=True):
+                store(out_ref.at[split, row, head, :, columns], mixed.astype(out_dtype))
 
         store(lse_ref.at[split, row, head], lse)
 

@@ -50,8 +50,9 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
             )
 
         state = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, nothing_yet(plan))
-        (out,), lse = finish(state)
-        store(out_ref.at[head, here], out.astype(plan.dtype))
+        out, lse = finish(state)
+        for mixed, columns in zip(out, plan.parts, strict=True):
+            store(out_ref.at[head, here, columns], mixed.astype(plan.dtype))
         store(lse_ref.at[head, here], lse)
 
     length = stacked.tiles * tile

@@ -43,9 +43,9 @@ class Plan(Tiling):
     def swizzled(self, *shape: int):
         """Shared memory that is read by ldmatrix without conflicts, and that 16 rows can be copied to.
 
-        A copy is of at least four tiles, two in a row.
+        The four warps share a copy's tiles evenly, so 16 rows need an even number in each row of tiles.
         """
-        columns = min(64, shape[-1] // 2)  # of a tile, in elements of two bytes
+        columns = next((c for c in (64, 32) if shape[-1] % (2 * c) == 0), 16)  # of a tile, in elements of two bytes
         transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)  # type: ignore[abstract]
         return plgpu.SMEM(shape, self.dtype, transforms=transforms)
 
@@ -76,7 +76,7 @@ def attend_spans(plan: Plan, ring, tables, kv, row, head, queries, limit, low, h
             copy(kv.at[place + plan.value_offset, part], values.at[slot, here], arrived)
 
     def one_span(chunk, state):
-        (mixed,), top, mass = state  # no head here is a wide one
+        mixed, top, mass = state
         slot = lax.rem(chunk, jnp.int32(plan.slots))
         arrived = [barrier.at[slot] for barrier in full]
         more = chunk + ahead < last
@@ -97,11 +97,16 @@ def attend_spans(plan: Plan, ring, tables, kv, row, head, queries, limit, low, h
         def _():
             clean(values.at[slot], plgpu.Layout.MMA_ACC(plan.dtype, m_warps=1), begin, low, high)
 
-        nothing = plgpu.layout_cast(jnp.zeros((plan.rows, plan.span), jnp.float32), plan.layout)
-        products = product(plan, queries, keys.at[slot].transpose((1, 0)), nothing)
+        products = plgpu.layout_cast(jnp.zeros((plan.rows, plan.span), jnp.float32), plan.layout)
+        for part in plan.parts:
+            products = product(plan, queries.at[:, part], keys.at[slot, :, part].transpose((1, 0)), products)
         weights, keep, top, mass = weigh(plan, products, chunk, limit, top, mass)
         weights_held[...] = weights.astype(plan.dtype)  # their registers are not where mma wants them
-        return (product(plan, weights_held, values.at[slot], scaled(mixed, keep)),), top, mass
+        mixed = tuple(
+            product(plan, weights_held, values.at[slot, :, part], scaled(held, keep))
+            for held, part in zip(mixed, plan.parts, strict=True)
+        )
+        return mixed, top, mass
 
     for number in range(ahead):
         pl.when(first + number < last)(partial(ask_for, first + number))
