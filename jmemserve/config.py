@@ -22,6 +22,7 @@ from jmemserve.kvpool.transfer.messages import Granularity
 
 MAX_INSTANCES = 1024
 MAX_WEIGHTS = 1024
+DTYPES = ("float32", "bfloat16", "float16")  # of weights and KV
 LEAST_WEIGHT = 0.001  # and the greatest is 1 / that
 
 
@@ -164,7 +165,7 @@ class EngineConfig:
 
     model: str = "demo"  # "demo", a Hugging Face folder, or a folder written by jmemserve.convert
     load_format: LoadFormat = LoadFormat.AUTO
-    dtype: str = "auto"  # auto, float32, bfloat16
+    dtype: str = "auto"  # auto or one of DTYPES
     quantization: Quantization = Quantization.AUTO
     seed: int = 0  # of dummy weights, and of requests that name none
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the checkpoint allows
@@ -201,8 +202,8 @@ class EngineConfig:
                 raise ConfigError(sentence)
 
         need(
-            self.dtype in ("auto", "float32", "bfloat16"),
-            f"--dtype must be auto, float32 or bfloat16, not {self.dtype!r}",
+            self.dtype in ("auto", *DTYPES),
+            f"--dtype must be auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, not {self.dtype!r}",
         )
         size = self.block_size
         need(1 <= size <= 256 and size & (size - 1) == 0, f"--block-size must be a power of two up to 256, not {size}")

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jmemserve.config import LoadFormat
+from jmemserve.config import DTYPES, LoadFormat
 from jmemserve.errors import ConfigError
 from jmemserve.models import load_config, weights
 from jmemserve.models.checkpoint import Checkpoint
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, metavar="DST", help="a folder that does not exist yet")
     parser.add_argument("--to", choices=("orbax", "hf"), default="orbax", help="what to write (default: %(default)s)")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto keeps the checkpoint's (default)"
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="auto keeps the checkpoint's (default)"
     )
     return parser
 
@@ -113,7 +113,7 @@ def _stored_dtype(folder: Path) -> str:
     """The type that holds every stored weight exactly."""
     on_disk = weights.detect(folder)
     found = saved_dtypes(folder) if on_disk is LoadFormat.ORBAX else Checkpoint(folder).dtypes()
-    found &= {"float32", "bfloat16", "float16"}  # what is quantized keeps its own type
+    found &= {*DTYPES}  # what is quantized keeps its own type
     return found.pop() if len(found) == 1 else "float32"
 
 

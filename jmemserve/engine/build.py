@@ -93,7 +93,14 @@ def read_model_config(engine: EngineConfig) -> ModelConfig:
 
 
 def resolve_dtype(engine: EngineConfig, config: ModelConfig) -> str:
-    """``auto`` is float32 on CPU and the checkpoint's type elsewhere (bfloat16 for float16)."""
+    """``auto`` is float32 on CPU and the checkpoint's type elsewhere (bfloat16 for float16).
+
+    Raises ConfigError for float16 if what the model computes does not fit.
+    """
+    if engine.dtype == "float16" and config.beyond_float16:
+        raise ConfigError(
+            f"--dtype float16: a {config.family} model computes numbers above float16's largest, 65,504; use bfloat16"
+        )
     if engine.dtype != "auto":
         return engine.dtype
     if jax.default_backend() == "cpu" or config.dtype == "float32":

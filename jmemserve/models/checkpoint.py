@@ -103,13 +103,17 @@ class Checkpoint:
         return scales
 
     def read(self, weight: Weight, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        """The part ``index`` of a weight, put together from its tensors and cast to ``dtype``."""
+        """The part ``index`` of a weight, put together from its tensors and cast to ``dtype``.
+
+        What is too large for that becomes infinite; ``weights.build`` finds it.
+        """
         bounds = [part.indices(size)[:2] for part, size in zip(index, weight.shape, strict=True)]
         out = np.empty([stop - start for start, stop in bounds], dtype)
         for source in weight.sources:
             target, wanted = _overlap(source, bounds)
             if wanted is not None:
-                out[target] = self._read_split(source, wanted)
+                with np.errstate(over="ignore"):
+                    out[target] = self._read_split(source, wanted)
         return out
 
     def _read_split(self, source: Source, wanted: list[tuple[int, int]]) -> np.ndarray:

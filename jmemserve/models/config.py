@@ -51,6 +51,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # added to every norm's weight: 1 where the checkpoint says how far they are from one
     activation: str = "silu"  # of the feed-forward part; one of ACTIVATIONS
     scaled_embeddings: bool = False  # by the square root of hidden_size
+    beyond_float16: bool = False  # what it computes is larger than any float16
     attention_scale: float | None = None  # of scores; None: head_dim ** -0.5
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None

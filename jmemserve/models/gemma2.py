@@ -43,6 +43,7 @@ def gemma(raw: dict[str, Any], num_layers: int, every: int) -> dict[str, Any]:
         "out_norms": True,
         "norm_offset": 1.0,
         "scaled_embeddings": True,
+        "beyond_float16": True,
         "attention_scale": take_positive(raw, "query_pre_attn_scalar") ** -0.5,
         "attention_soft_cap": take_cap(raw, "attn_logit_softcapping"),
         "logit_soft_cap": take_cap(raw, "final_logit_softcapping"),

@@ -137,6 +137,8 @@ def build(
         if path in scales:
             return nnx.Param(scales.pop(path))
         array = make(path, stored[path], shardings[path])
+        if array.dtype == jnp.float16 and not jnp.isfinite(array).all():
+            raise CheckpointError(f"some of {path!r} is above float16's largest, 65,504, or no number; use bfloat16")
         if weight.dtype != stored[path].dtype:
             assert weight.dtype is not None, path
             scale = f"{path}_scale"

@@ -125,7 +125,7 @@ def _engine_flag(name: str, kind: type, help: str, kept_as: str = "") -> _Flag:
 _ENGINE = (
     _engine_flag("model", str, "'demo', a Hugging Face folder, or a folder written by jmemserve.convert"),
     _engine_flag("load_format", LoadFormat, "where weights come from; dummy: random, for benchmarks"),
-    _engine_flag("dtype", str, "of weights and KV: auto, float32 or bfloat16"),
+    _engine_flag("dtype", str, "of weights and KV: auto, float32, bfloat16 or float16"),
     _engine_flag(
         "quantization", Quantization, "round weights to 8 bits while loading; auto: as the checkpoint has them"
     ),

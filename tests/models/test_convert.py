@@ -61,14 +61,15 @@ def test_there_and_back_is_bit_exact(tmp_path: Path, source: Path, capsys: pytes
     assert {path.name for path in tmp_path.iterdir()} == {"new", "hf"}
 
 
-def test_another_type_is_said_in_config_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_another_type_is_said_in_config_json(tmp_path: Path, dtype: str) -> None:
     source, there = FIXTURES / "llama3", tmp_path / "there"
-    assert main([str(source), str(there), "--dtype", "bfloat16"]) == 0
-    assert load_config(there).dtype == "bfloat16"
+    assert main([str(source), str(there), "--dtype", dtype]) == 0
+    assert load_config(there).dtype == dtype
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, there))
-    assert after == before | {"dtype": "bfloat16"}
+    assert after == before | {"dtype": dtype}
     assert main([str(there), str(tmp_path / "back"), "--to", "hf"]) == 0  # auto: what is stored
-    wanted = {name: tensor.astype("bfloat16") for name, tensor in tensors(source).items()}
+    wanted = {name: tensor.astype(dtype) for name, tensor in tensors(source).items()}
     assert same(tensors(tmp_path / "back"), wanted)
 
 

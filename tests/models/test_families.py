@@ -14,8 +14,9 @@ from engine_driver import Driver
 from oracle import model_mesh, naive_generate, naive_logits
 from safetensors.numpy import load_file, save_file
 
-from jmemserve.config import LoadFormat, Warmup
-from jmemserve.errors import ConfigError
+from jmemserve.config import EngineConfig, LoadFormat, Warmup
+from jmemserve.engine.build import resolve_dtype
+from jmemserve.errors import CheckpointError, ConfigError
 from jmemserve.models import ModelConfig, load_config, weights
 from jmemserve.types import SamplingParams
 
@@ -113,11 +114,33 @@ def test_the_engine_makes_the_same_tokens(name: str) -> None:
         assert driver.generate(prompts(name), params) == greedy(name)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3"])
-def test_bfloat16_is_near(name: str) -> None:
-    _, model = loaded(name, 1, "bfloat16")
-    assert {array.dtype.name for array in weights.flat(model[1]).values()} == {"bfloat16"}
-    assert error(naive_logits(*model, prompts(name)[1]), reference(name)["logits1"]) < 0.1
+@pytest.mark.parametrize(("dtype", "near"), [("bfloat16", 0.1), ("float16", 0.015)])
+@pytest.mark.parametrize("name", ["mistral", "phi3", "qwen2", "qwen3"])
+def test_types_of_two_bytes_are_near(name: str, dtype: str, near: float) -> None:
+    _, model = loaded(name, 1, dtype)
+    assert {array.dtype.name for array in weights.flat(model[1]).values()} == {dtype}
+    assert error(naive_logits(*model, prompts(name)[1]), reference(name)["logits1"]) < near
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_float16_through_the_engine(name: str) -> None:
+    """Three more bits than bfloat16 has: at what is clear, the tokens are those of float32."""
+    params = SamplingParams(temperature=0, max_tokens=len(greedy(name)[0]))
+    given = {"load_format": LoadFormat.AUTO, "warmup": Warmup.FAST, "max_model_len": LONGEST, "dtype": "float16"}
+    with Driver(FIXTURES / name, "prefill+decode", **given) as driver:
+        assert driver.generate(prompts(name), params) == greedy(name)
+
+
+def test_float16_is_refused_where_numbers_do_not_fit(tmp_path: Path) -> None:
+    for name in ("gemma2", "gemma3"):
+        with pytest.raises(ConfigError, match=f"--dtype float16: a {name} model computes numbers above"):
+            resolve_dtype(EngineConfig(model=str(FIXTURES / name), dtype="float16"), load_config(FIXTURES / name))
+    tensors = load_file(FIXTURES / "qwen2" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = 1e5
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = load_config(FIXTURES / "qwen2")
+    with pytest.raises(CheckpointError, match="some of 'layers.1.down' is above float16's largest"):
+        weights.load(tmp_path, LoadFormat.AUTO, config, "float16", model_mesh(1), 0, lambda done, total: None)
 
 
 def test_a_model_for_text_is_taken_from_among_others(tmp_path: Path) -> None:
