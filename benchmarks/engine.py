@@ -165,7 +165,6 @@ def measure(args: argparse.Namespace) -> None:
         keys = batch * (args.context + args.new_tokens / 2)
         most, by = limit(batch, batch, keys, keys)
         rows.append(("decode", batch, float(np.median(speeds)), most * batch, by))
-    first = [] if args.skip_cached else cached_prompts(engine, longest, args.repeats)
     results = {
         **machine.about(),
         "model": args.config,
@@ -175,39 +174,42 @@ def measure(args: argparse.Namespace) -> None:
         "bandwidth_gb_s": bandwidth / 1e9,
         "matmul_gflop_s": rate / 1e9,
         "rows": [dict(zip(("what", "size", "tokens_per_s", "limit", "limited_by"), row, strict=True)) for row in rows],
-        "first_token": first,
     }
-    print(json.dumps({key: value for key, value in results.items() if key not in ("rows", "first_token")}, indent=2))
-    show(rows, first)
+    print(json.dumps({key: value for key, value in results.items() if key != "rows"}, indent=2))
+    show(rows)
+    first: list[dict[str, object]] = []
+    for medium in () if args.skip_cached else ("HBM", "DRAM"):
+        if args.output:  # so much is kept should the next fail
+            args.output.write_text(json.dumps(results | {"first_token": first}, indent=2) + "\n")
+        first += cached_prompts(medium, engine, longest, args.repeats)
+    show_first(first)
     if args.output:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        args.output.write_text(json.dumps(results | {"first_token": first}, indent=2) + "\n")
 
 
-def cached_prompts(engine: EngineConfig, length: int, repeats: int) -> list[dict[str, object]]:
-    """Seconds to the first token by the share of the prompt that is cached, and where."""
-    found = []
-    host = dataclasses.replace(engine, kv_cache_tokens=-(-length // 16) * 16 + 512, swap=SwapPolicy.ALWAYS)
-    host = dataclasses.replace(host, host_memory_gb=_gib(host, 6 * length), max_model_len=length + 16)
-    for medium, own in (("HBM", engine), ("DRAM", host)):
-        driver = Driver(own)
-        times: dict[int, list[float]] = {share: [] for share in SHARES}
-        for _ in range(repeats):
-            for share in SHARES:
-                kept = length * share // 100 // own.block_size * own.block_size
-                base = driver.prompt(max(kept, 1))
-                driver.first_token(base)
-                if medium == "DRAM":  # others take its place in device memory
-                    for _ in range(-(-(own.kv_cache_tokens or 0) // length)):
-                        driver.first_token(driver.prompt(length))
-                seconds, cached = driver.first_token((*base[:kept], *driver.prompt(length - kept)))
-                assert cached >= kept - own.block_size, f"{cached} of {kept} tokens were cached in {medium}"
-                times[share].append(seconds)
-        driver.cluster.stop()
-        found += [
-            {"medium": medium, "tokens": length, "cached_percent": share, "seconds": float(np.median(seconds))}
-            for share, seconds in times.items()
-        ]
-    return found
+def cached_prompts(medium: str, engine: EngineConfig, length: int, repeats: int) -> list[dict[str, object]]:
+    """Seconds to the first token by the share of the prompt that is cached in a medium."""
+    if medium == "DRAM":
+        host = dataclasses.replace(engine, kv_cache_tokens=-(-length // 16) * 16 + 512, swap=SwapPolicy.ALWAYS)
+        engine = dataclasses.replace(host, host_memory_gb=_gib(host, 6 * length), max_model_len=length + 16)
+    driver = Driver(engine)
+    times: dict[int, list[float]] = {share: [] for share in SHARES}
+    for _ in range(repeats):
+        for share in SHARES:
+            kept = length * share // 100 // engine.block_size * engine.block_size
+            base = driver.prompt(max(kept, 1))
+            driver.first_token(base)
+            if medium == "DRAM":  # others take its place in device memory
+                for _ in range(-(-(engine.kv_cache_tokens or 0) // length)):
+                    driver.first_token(driver.prompt(length))
+            seconds, cached = driver.first_token((*base[:kept], *driver.prompt(length - kept)))
+            assert cached >= kept - engine.block_size, f"{cached} of {kept} tokens were cached in {medium}"
+            times[share].append(seconds)
+    driver.cluster.stop()
+    return [
+        {"medium": medium, "tokens": length, "cached_percent": share, "seconds": float(np.median(seconds))}
+        for share, seconds in times.items()
+    ]
 
 
 def _gib(engine: EngineConfig, tokens: int) -> float:
@@ -217,13 +219,17 @@ def _gib(engine: EngineConfig, tokens: int) -> float:
     return tokens * 2 * config.num_layers * config.num_kv_heads * config.head_dim * item / (1 << 30)
 
 
-def show(rows: list[tuple[str, int, float, float, str]], first: list[dict[str, object]]) -> None:
-    """The tables, for people."""
+def show(rows: list[tuple[str, int, float, float, str]]) -> None:
+    """A table, for people."""
     base = next(row[2] for row in rows if row[0] == "decode")
     print(f"\n{'':8} {'size':>6} {'tokens/s':>10} {'limit':>10} {'by':10} {'of limit':>9} {'of batch 1':>11}")
     for what, size, speed, limit, by in rows:
         times = f"{speed / base:10.2f}x" if what == "decode" else ""
         print(f"{what:8} {size:6} {speed:10.1f} {limit:10.1f} {by:10} {speed / limit:9.1%} {times:>11}")
+
+
+def show_first(first: list[dict[str, object]]) -> None:
+    """Likewise."""
     if first:
         print(f"\nfirst token of {first[0]['tokens']} tokens, by what is cached")
         for row in first:

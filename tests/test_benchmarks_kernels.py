@@ -1,5 +1,6 @@
 """The benchmarks of kernels and engine run, and count bytes and FLOP right; how fast they are, is not tested."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -27,6 +28,22 @@ def test_an_unknown_backend_is_refused() -> None:
     command = [sys.executable, "benchmarks/kernels.py", "--quick", "--backends", "cuda"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode != 0 and "--backends takes" in done.stderr
+
+
+def test_one_that_fails_does_not_stop_the_others(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    kernels = importlib.import_module("kernels")
+    found = kernels.Found()
+    row = kernels.cases.Row("decode", "a case", "us", 1.0, bytes=1.0)
+
+    def broken():
+        raise RuntimeError("no such instruction\nand more of it")
+
+    found.measure("decode", iter([("ours, small", broken), ("ours, large", lambda: row)]), 60.0)
+    found.measure("prefill", iter([("ours", lambda: row)] * 3), -1.0)
+    assert found.rows == [row]
+    assert found.failed == ["decode: ours, small: RuntimeError: no such instruction"]
+    assert found.skipped == ["prefill: no time was left for the last 3 of 3 cases"]
 
 
 def test_the_engine_benchmark_runs(tmp_path: Path) -> None:

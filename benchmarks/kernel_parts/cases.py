@@ -115,32 +115,45 @@ class Setting:
         return Need(self.platform, kind, self.dtype, *sizes, block, LAYERS)
 
 
-def runs(part: str, setting: Setting) -> Iterator[Callable[[], Row]]:
-    """Everything of one part, to be called one after the other."""
+def runs(part: str, setting: Setting) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Everything of one part by name, to be called one after the other: first all that has the smallest blocks."""
+    if part == "products":
+        yield from _products(setting)
+        return
+    for block in setting.blocks:
+        for heads in setting.heads:
+            yield from _moves(setting, heads, block) if part == "moves" else _attentions(part, setting, heads, block)
+
+
+def _products(setting: Setting) -> Iterator[tuple[str, Callable[[], Row]]]:
+    for rows, depth, columns in setting.products:
+        for name in ("", *(name for name in setting.backends if own_products(name) is not None)):
+            run = functools.partial(_product, setting, rows, depth, columns, name)
+            yield f"{name or 'xla'}, {rows} x {depth}, {columns} columns", run
+
+
+def _moves(setting: Setting, heads: Heads, block: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+    ways = {"xla": by_xla}
+    if (best := block_moves(jax.devices()[:1])) is not by_xla:
+        ways["cpu"] = best
+    for count in setting.moves:
+        for way in ("gather", "scatter"):
+            for by, moves in ways.items():
+                run = functools.partial(_move, setting, heads, block, count, way, by, moves)
+                yield f"{by}, {way} {count} blocks of {block}, {heads.name}", run
+
+
+def _attentions(part: str, setting: Setting, heads: Heads, block: int) -> Iterator[tuple[str, Callable[[], Row]]]:
     from kernel_parts import others
 
-    if part == "products":
-        for rows, depth, columns in setting.products:
-            yield functools.partial(_product, setting, rows, depth, columns, "")
-            for name in setting.backends:
-                if own_products(name) is not None:
-                    yield functools.partial(_product, setting, rows, depth, columns, name)
-        return
-    for heads in setting.heads:
-        if part == "moves":
-            for block in setting.blocks:
-                for count in setting.moves:
-                    for way in ("gather", "scatter"):
-                        yield functools.partial(_move, setting, heads, block, count, way, "xla", by_xla)
-                        if (best := block_moves(jax.devices()[:1])) is not by_xla:
-                            yield functools.partial(_move, setting, heads, block, count, way, "cpu", best)
-            continue
-        for batch, context in setting.decode if part == "decode" else [(1, tokens) for tokens in setting.prefill]:
-            for block in setting.blocks:
-                for name in setting.backends:
-                    yield functools.partial(_attend, part, setting, heads, block, batch, context, name)
+    for batch, context in setting.decode if part == "decode" else [(1, tokens) for tokens in setting.prefill]:
+        case = f"{heads.name} {batch} x {context:,}"
+        for name in setting.backends:
+            run = functools.partial(_attend, part, setting, heads, block, batch, context, name)
+            yield f"{name}, {case} in {block}", run
+        if block == setting.blocks[0]:  # they have blocks of their own, or none
             for name in others.ALL:
-                yield functools.partial(others.ALL[name], part, setting, heads, batch, context)
+                yield f"{name}, {case}", functools.partial(others.measure, name, part, setting, heads, batch, context)
 
 
 def work_of(part: str, setting: Setting, heads: Heads, batch: int, context: int) -> dict[str, float]:
@@ -230,6 +243,8 @@ def _move(setting: Setting, heads: Heads, block: int, count: int, way: str, by: 
 
 
 def _product(setting: Setting, rows: int, depth: int, columns: int, name: str) -> Row:
+    if name and (reason := why_not(name, setting.need(setting.heads[0], setting.blocks[0]))) is not None:
+        raise Skipped(f"{name}: {reason}")
     product = own_products(name) if name else None
     weight = jax.random.normal(jax.random.key(0), (rows, depth), setting.dtype)
     weights = [weight + number for number in range(1 if rows < 100 else 12)]  # more than caches hold

@@ -1,4 +1,4 @@
-"""Other people's attention on the same work, as far as the device and what is installed allow."""
+"""Other people's attention on the same work, as far as the device and what is installed allow: see ``measure``."""
 
 import functools
 import importlib.util
@@ -34,27 +34,47 @@ def jax_paged(part: str, setting: Setting, heads: Heads, batch: int, context: in
     where = "jax.experimental.pallas.ops.tpu.paged_attention" if setting.platform == "tpu" else where
     if where is None:
         raise Skipped(f"jax has no paged kernel for {setting.platform}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecated, and still what others use
-            attend = importlib.import_module(where).paged_attention
-        block = 64
-        q, _, _, pages, ragged = make_batch(setting, heads, block, batch, context, 1)
-        k, v = (pages[:, 1, half].transpose(1, 0, 2, 3) for half in (0, 1))  # K P C H
-        if setting.platform == "gpu":
-            step = lambda q, k, v, tables, lengths: attend(q, k, v, tables, lengths)  # noqa: E731
-            rest = k, v, ragged.tables, ragged.context
-        else:
-            per_block = next(n for n in (8, 4, 2, 1) if ragged.tables.shape[1] % n == 0)
-            step = lambda q, k, v, lengths, tables: attend(  # noqa: E731
-                q, k, v, lengths, tables, pages_per_compute_block=per_block
-            )
-            rest = k, v, ragged.context, ragged.tables
-        seconds = seconds_of(repeated(step, 10), q, rest, 10, setting.repeats)
-    except Exception as error:
-        raise Skipped(f"jax's paged kernel: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still what others use
+        attend = importlib.import_module(where).paged_attention
+    block = 64
+    q, _, _, pages, ragged = make_batch(setting, heads, block, batch, context, 1)
+    k, v = (pages[:, 1, half].transpose(1, 0, 2, 3) for half in (0, 1))  # K P C H
+    if setting.platform == "gpu":
+        step = lambda q, k, v, tables, lengths: attend(q, k, v, tables, lengths)  # noqa: E731
+        rest = k, v, ragged.tables, ragged.context
+    else:
+        per_block = next(n for n in (8, 4, 2, 1) if ragged.tables.shape[1] % n == 0)
+        step = lambda q, k, v, lengths, tables: attend(  # noqa: E731
+            q, k, v, lengths, tables, pages_per_compute_block=per_block
+        )
+        rest = k, v, ragged.context, ragged.tables
+    seconds = seconds_of(repeated(step, 10), q, rest, 10, setting.repeats)
     case = f"{heads.name} {batch} x {context:,} in {block}"
     return Row(part, case, "jax paged", seconds, **work_of(part, setting, heads, batch, context))
+
+
+def cudnn_paged(part: str, setting: Setting, heads: Heads, batch: int, context: int) -> Row:
+    """cuDNN's paged attention, as JAX has it: its pool has exactly as many pages as the tables have entries."""
+    if setting.platform != "gpu":
+        raise Skipped("cuDNN is for NVIDIA GPUs")
+    block, new = 64, 1 if part == "decode" else context
+    times = setting.times(part, context)
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    q, _, _, pages, ragged = make_batch(setting, heads, block, batch, context, new)
+    q = q.reshape(batch, new, -1, heads.head_dim).transpose(0, 2, 1, 3)
+    k, v = (pages[1:, 1, half] for half in (0, 1))  # P K C H
+    tables = (ragged.tables - 1)[:, None, :, None]
+    mask = cudnn.MaskType.PADDING if part == "decode" else cudnn.MaskType.PADDING_CAUSAL
+    fixed = {"scale": heads.head_dim**-0.5, "mask_type": mask, "qkv_layout": "BNTH"}
+    step = lambda q, k, v, news, lengths, tables: cudnn.paged_attention(  # noqa: E731
+        q, k, v, news, lengths, tables, tables, **fixed
+    )
+    rest = k, v, jnp.full(batch, new, jnp.int32), ragged.context, tables
+    seconds = seconds_of(repeated(step, times), q, rest, times, setting.repeats)
+    case = f"{heads.name} {batch} x {context:,}" if part == "decode" else f"{heads.name} {context:,}"
+    return Row(part, f"{case} in {block}", "cudnn paged", seconds, **work_of(part, setting, heads, batch, context))
 
 
 def torch_sdpa(part: str, setting: Setting, heads: Heads, batch: int, context: int) -> Row:
@@ -76,11 +96,8 @@ def torch_flex(part: str, setting: Setting, heads: Heads, batch: int, context: i
     causal = None
     if part == "prefill":
         causal = create_block_mask(lambda b, h, q, k: q >= k, None, None, context, context)
-    try:
-        attend = functools.partial(torch.compile(flex_attention), block_mask=causal, enable_gqa=True)
-        return _of_torch("torch flex", attend, part, setting, heads, batch, context)
-    except Exception as error:  # its compiler needs others' tools at run time
-        raise Skipped(f"flex attention: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
+    attend = functools.partial(torch.compile(flex_attention), block_mask=causal, enable_gqa=True)
+    return _of_torch("torch flex", attend, part, setting, heads, batch, context)
 
 
 def _torch(setting: Setting):
@@ -112,4 +129,21 @@ def _of_torch(by: str, attend: Callable, part: str, setting: Setting, heads: Hea
     return Row(part, case, by, seconds, **work_of(part, setting, heads, batch, context))
 
 
-ALL = {"contiguous": contiguous, "jax paged": jax_paged, "torch": torch_sdpa, "flex": torch_flex}
+ALL = {
+    "jax.nn": contiguous,
+    "jax's paged kernel": jax_paged,
+    "cuDNN's paged attention": cudnn_paged,
+    "PyTorch": torch_sdpa,
+    "flex attention": torch_flex,
+}
+
+
+def measure(name: str, part: str, setting: Setting, heads: Heads, batch: int, context: int) -> Row:
+    """One of them. Raises Skipped, whatever goes wrong: what they can do depends on releases and on others' tools."""
+    try:
+        return ALL[name](part, setting, heads, batch, context)
+    except Skipped:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0][:120]
+        raise Skipped(f"{name}: {type(error).__name__}: {first}") from None
