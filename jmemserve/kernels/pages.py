@@ -69,12 +69,13 @@ def write_kv(pages: Pages, layer: int, slots: jax.Array, k: jax.Array, v: jax.Ar
     """Put k and v ([T, K, H]) of one layer into their slots (i32[T]). In place when ``pages`` is donated."""
     _, size = page_sizes(pages)
     page, offset = slots // size, slots % size
+    kv = jnp.stack((k, v), 1).astype(jax.tree.leaves(pages)[0].dtype)  # T 2 K H
+    # Only tokens of padding share a slot, and nobody reads that one. XLA would write what may be shared atomically.
+    how: dict = {"unique_indices": True, "mode": "promise_in_bounds"}
     if isinstance(pages, tuple):
-        own = pages[layer].at[page, 0, :, offset].set(k.astype(pages[layer].dtype))
-        own = own.at[page, 1, :, offset].set(v.astype(own.dtype))
+        own = pages[layer].at[page, :, :, offset].set(kv, **how)
         return (*pages[:layer], own, *pages[layer + 1 :])
-    pages = pages.at[page, layer, 0, :, offset].set(k.astype(pages.dtype))
-    return pages.at[page, layer, 1, :, offset].set(v.astype(pages.dtype))
+    return pages.at[page, layer, :, :, offset].set(kv, **how)
 
 
 def gather_blocks(pages: Pages, indices: jax.Array, fold: int = 1) -> jax.Array:
