@@ -13,7 +13,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xxhash
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -116,6 +115,8 @@ class PageStore:
         collectives may be called beside the steps.
         """
         if self._on_cpu:
+            import xxhash  # here alone: an accelerator's host needs none to serve by itself
+
             bytes_of = (np.ascontiguousarray(block).view(np.uint8).data for block in np.asarray(blocks))
             return np.array([xxhash.xxh3_64_intdigest(block) & 0xFFFFFFFF for block in bytes_of], np.uint32)
         if isinstance(blocks, np.ndarray):

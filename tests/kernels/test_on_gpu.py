@@ -35,19 +35,33 @@ def backend(name: str, sizes: Sizes):
 
 
 @pytest.mark.parametrize("name", PREFERRED["gpu"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("heads", [LLAMA, QWEN, WIDE], ids=["llama", "qwen", "wide"])
-@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize(
+    "heads, block, dtype",
+    [  # each block and type with heads of each kind that matters to it: all of them would take half an hour
+        (LLAMA, 16, "bfloat16"),
+        (LLAMA, 64, "float16"),
+        (LLAMA, 256, "bfloat16"),
+        (QWEN, 16, "float16"),
+        (QWEN, 32, "bfloat16"),
+        (QWEN, 128, "bfloat16"),
+        (WIDE, 16, "bfloat16"),
+        (WIDE, 128, "float16"),
+    ],
+)
 def test_mixed_and_single(name: str, heads: tuple[int, int, int], block: int, dtype: str) -> None:
     sizes = Sizes(*heads, 2, block, dtype)
     attend, close = backend(name, sizes), max(TOLERANCE[dtype], COARSE if name == "xla" else 0)
     singles = [(context, 1) for context, _ in MIXED]
-    for rows, rule in ((MIXED, sizes.rule(150)), (MIXED, sizes.rule()), (singles, sizes.rule(None, 20.0))):
+    for rows, rule, aggregated in (
+        (MIXED, sizes.rule(150), True),
+        (MIXED, sizes.rule(), False),
+        (singles, sizes.rule(None, 20.0), True),
+        (singles, sizes.rule(), False),
+    ):
         used = sum(new for _, new in rows)
         padding = 3 if rows is singles else 41
         case = make_case(0, rows, sizes, used + padding, len(rows) + 3)
-        for aggregated in (True, False):
-            check(attend, case, sizes, rule, None, aggregated, rtol=close, atol=close)
+        check(attend, case, sizes, rule, None, aggregated, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("name", PREFERRED["gpu"])
@@ -67,7 +81,7 @@ def test_sinks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PREFERRED["gpu"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_big_batches(name: str, seed: int) -> None:
     sizes = Sizes(*LLAMA, 2, 16, "bfloat16")
     rng = np.random.default_rng(seed)
