@@ -43,11 +43,12 @@ class PageStore:
         self._split, self._split_part = piece_shardings(mesh)  # of what is written into the pages
         self.piece_mesh = mesh  # where others see pieces and parts, so sharded:
         self.sharding, self.part_sharding = self._split, self._split_part
+        # Before the pages fill the memory.
+        self.moved_by = choose_moves(layout, mesh) if moved_by is None else Choice(moved_by)
+        self._moves = block_moves(mesh)[self.moved_by.name]
         self.pages: Pages = jax.jit(lambda: layout.zeros(num_blocks + 1), out_shardings=self.pages_sharding)()
         everywhere = NamedSharding(mesh, P())
         self._put = lambda numbers: self.place(np.asarray(numbers, np.int32), everywhere)
-        self.moved_by = choose_moves(layout, mesh) if moved_by is None else Choice(moved_by)
-        self._moves = block_moves(mesh)[self.moved_by.name]
         self._make_gathers(self.sharding, self.part_sharding)
         self._scatter = jax.jit(self._moves.scatter_blocks, donate_argnums=0, out_shardings=self.pages_sharding)
         self._scatter_part = jax.jit(self._moves.scatter_part, donate_argnums=0, out_shardings=self.pages_sharding)
