@@ -161,6 +161,9 @@ def build(
     with report.phase(f"{spec.name}: KV pool ({num_blocks:,} blocks, {num_blocks * engine.block_size:,} tokens)"):
         store = make_store(layout, num_blocks, mesh)
         jax.block_until_ready(store.pages)
+    for name, reason in store.moved_by.refused:
+        report.line(f"    moves of blocks: not {name}: {reason}")
+    report.line(f"    moves of blocks: {store.moved_by.name}")
     arena, dram_blocks = None, int(engine.host_memory_gb * (1 << 30)) // layout.bytes_per_block
     if engine.host_memory_gb and dram_blocks < 1:
         raise ConfigError(
