@@ -63,8 +63,9 @@ def test_a_long_row_is_split(window: int | None) -> None:
         ([(120, 70), (1, 1)], Sizes(2, 1, 128, 2, 32, "float16"), False, {}),
         ([(70, 70), (5, 1)], Sizes(1, 1, 96, 2, 32, "bfloat16"), True, {}),
         ([(90, 40), (33, 1)], Sizes(1, 2, 256, 2, 16, "float16"), True, {"window": 30}),
+        ([(200, 80), (5, 1)], Sizes(1, 1, 64, 2, 16, "bfloat16"), True, {"soft_cap": 3.0}),
     ],
-    ids=["parts of rows in a tile", "a row in two tiles", "head of 96", "wide head"],
+    ids=["parts of rows in a tile", "a row in two tiles", "head of 96", "wide head", "seen by all"],
 )
 def test_mixed_batch(rows: Rows, sizes: Sizes, aggregated: bool, rule: dict) -> None:
     run(rows, sizes, (3, 1), aggregated, **rule)

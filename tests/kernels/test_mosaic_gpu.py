@@ -18,7 +18,6 @@ from jax.sharding import AbstractMesh
 
 from jmemserve.kernels import Ragged, mosaic_gpu
 from jmemserve.kernels.choice import Need, choose
-from jmemserve.kernels.mosaic_gpu.decode import BLOCKS
 from jmemserve.kernels.mosaic_gpu.work import splits_of
 from jmemserve.kernels.rule import Rule
 
@@ -51,7 +50,7 @@ def test_one_token_per_row(sizes: Sizes, rule: dict) -> None:
 
 @pytest.mark.parametrize("window", [None, 300])
 def test_a_long_row_is_split(window: int | None) -> None:
-    assert splits_of(rows=1, kv_heads=1, spans=10, blocks=BLOCKS) == 2
+    assert splits_of(rows=1, kv_heads=1, spans=10, blocks=mosaic_gpu.Tiles().decode_blocks) == 2
     run([(600, 1)], Sizes(1, 2, 64, 2, 64, "bfloat16"), window=window)
 
 
@@ -62,8 +61,10 @@ def test_a_long_row_is_split(window: int | None) -> None:
         ([(200, 150), (1, 1)], Sizes(2, 1, 128, 2, 32, "float16"), False, {}),
         ([(90, 70), (1, 1)], Sizes(1, 2, 256, 2, 16, "bfloat16"), True, {"window": 50}),
         ([(70, 9), (130, 1)], Sizes(1, 1, 96, 2, 32, "float16"), True, {"soft_cap": 2.0}),
+        ([(400, 150), (5, 1)], Sizes(1, 1, 64, 2, 16, "bfloat16"), True, {}),
+        ([(300, 140)], Sizes(1, 1, 64, 2, 64, "float16"), True, {"soft_cap": 3.0}),
     ],
-    ids=["parts of rows in a tile", "a row in two tiles", "gemma", "swizzle of 64"],
+    ids=["parts of rows in a tile", "a row in two tiles", "gemma", "swizzle of 64", "seen by all", "capped, by all"],
 )
 def test_mixed_batch(rows: Rows, sizes: Sizes, aggregated: bool, rule: dict) -> None:
     run(rows, sizes, (3, 1), aggregated, **rule)

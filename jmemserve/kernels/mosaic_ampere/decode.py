@@ -33,14 +33,15 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
         ring, arrived = (rest[:-1], [rest[-1].at[0]]) if plan.barriers else (rest, [])
         row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
         context = context_ref[row]
-        low, first, last = spans_of_split(plan, context, split, splits)
+        low, first, plain, last = spans_of_split(plan, context, split, splits)
         copy(q_ref.at[row, head], queries, arrived)
         wait(arrived, later=0)
         limit = lax.broadcast(context - 1, (plan.rows,))
+        begin = nothing_yet(plan)
         state = attend_spans(
-            plan, ring, tables_ref, kv_ref, row, head, queries, limit, low, context, first, last, nothing_yet(plan)
+            plan, ring, tables_ref, kv_ref, row, head, queries, limit, low, context, first, plain, last, begin
         )
-        out, lse = finish(state)
+        out, lse = finish(plan, state)
 
         @pl.when((first < last) | (splits == 1))  # what nobody wrote, ``combine`` does not look at
         def _():

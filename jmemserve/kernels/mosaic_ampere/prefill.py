@@ -31,7 +31,8 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
         queries, *rest,
     ):  # fmt: skip
         ring, arrived = (rest[:-1], [rest[-1].at[0]]) if plan.barriers else (rest, [])
-        number, head = lax.axis_index("tile"), lax.axis_index("head")
+        # The last tiles, which have most to look at, begin first.
+        number, head = stacked.tiles - 1 - lax.axis_index("tile"), lax.axis_index("head")
         first_token = lax.div(number * tile, jnp.int32(group))
         after_token = lax.div(number * tile + (tile - 1), jnp.int32(group)) + 1
         here = pl.ds(number * tile, tile)
@@ -43,14 +44,14 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
         )
 
         def one_row(row, state):
-            low, high, first, last = part_of(plan, context_ref, starts_ref, row, first_token, after_token, least)
+            low, high, first, plain, last = part_of(plan, context_ref, starts_ref, row, first_token, after_token, least)
             limit = jnp.where(owners == row, places, -1)
             return attend_spans(
-                plan, ring, tables_ref, kv_ref, row, head, queries, limit, low, high, first, last, state
+                plan, ring, tables_ref, kv_ref, row, head, queries, limit, low, high, first, plain, last, state
             )
 
         state = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, nothing_yet(plan))
-        out, lse = finish(state)
+        out, lse = finish(plan, state)
         for mixed, columns in zip(out, plan.parts, strict=True):
             store(out_ref.at[head, here, columns], mixed.astype(plan.dtype))
         store(lse_ref.at[head, here], lse)
@@ -64,6 +65,6 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
             jax.ShapeDtypeStruct((kv_heads, length), jnp.float32),
         ],
         scratch=[plan.swizzled(tile, plan.head), *plan.ring(), *barriers(plan, 1, 1)],
-        grid={"head": kv_heads, "tile": stacked.tiles},
+        grid={"tile": stacked.tiles, "head": kv_heads},
     )(stacked.queries, kv, tables, ragged.context, ragged.starts, stacked.rows, stacked.owner, stacked.positions)
     return unstack(out, lse, tokens, group)

@@ -55,12 +55,12 @@ class Plan(Tiling):
         return [spans, spans, self.swizzled(self.rows, self.span), *barriers(self, 2 * self.copies, self.slots)]
 
 
-def attend_spans(plan: Plan, ring, tables, kv, row, head, queries, limit, low, high, first, last, state):
+def attend_spans(plan: Plan, ring, tables, kv, row, head, queries, limit, low, high, first, plain, last, state):
     """``queries`` ([rows, H] in shared memory) over spans ``first`` to ``last`` of a row of the batch.
 
     tables: i32[B, W] and kv: [pages and all in them, C, H], both in global memory. limit: i32[rows], the last place
-    that each query sees, -1 for none. low, high: outside of them nobody in the thread block sees a key, and memory may
-    hold anything, even NaN. -> the new state (see ``nothing_yet``).
+    that each query sees, -1 for none; before span ``plain`` all see everything. low, high: outside of them nobody in
+    the thread block sees a key, and memory may hold anything, even NaN. -> the new state (see ``nothing_yet``).
     """
     keys, values, weights_held, *full = ring
     length = min(plan.size, plan.span)
@@ -75,7 +75,7 @@ def attend_spans(plan: Plan, ring, tables, kv, row, head, queries, limit, low, h
             copy(kv.at[place, part], keys.at[slot, here], arrived)
             copy(kv.at[place + plan.value_offset, part], values.at[slot, here], arrived)
 
-    def one_span(chunk, state):
+    def one_span(masked, chunk, state):
         mixed, top, mass = state
         slot = lax.rem(chunk, jnp.int32(plan.slots))
         arrived = [barrier.at[slot] for barrier in full]
@@ -92,15 +92,16 @@ def attend_spans(plan: Plan, ring, tables, kv, row, head, queries, limit, low, h
 
         begin = chunk * plan.span
 
-        # Weights of unseen keys are 0, but 0 * NaN is NaN.
-        @pl.when((begin < low) | (begin + plan.span > high))
-        def _():
-            clean(values.at[slot], plgpu.Layout.MMA_ACC(plan.dtype, m_warps=1), begin, low, high)
+        if masked:  # weights of unseen keys are 0, but 0 * NaN is NaN
+
+            @pl.when((begin < low) | (begin + plan.span > high))
+            def _():
+                clean(values.at[slot], plgpu.Layout.MMA_ACC(plan.dtype, m_warps=1), begin, low, high)
 
         products = plgpu.layout_cast(jnp.zeros((plan.rows, plan.span), jnp.float32), plan.layout)
         for part in plan.parts:
             products = product(plan, queries.at[:, part], keys.at[slot, :, part].transpose((1, 0)), products)
-        weights, keep, top, mass = weigh(plan, products, chunk, limit, top, mass)
+        weights, keep, top, mass = weigh(plan, products, chunk, limit, top, mass, masked)
         weights_held[...] = weights.astype(plan.dtype)  # their registers are not where mma wants them
         mixed = tuple(
             product(plan, weights_held, values.at[slot, :, part], scaled(held, keep))
@@ -110,4 +111,5 @@ def attend_spans(plan: Plan, ring, tables, kv, row, head, queries, limit, low, h
 
     for number in range(ahead):
         pl.when(first + number < last)(partial(ask_for, first + number))
-    return lax.fori_loop(first, last, one_span, state)
+    state = lax.fori_loop(first, plain, partial(one_span, False), state)
+    return lax.fori_loop(plain, last, partial(one_span, True), state)

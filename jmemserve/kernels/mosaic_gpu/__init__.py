@@ -20,6 +20,7 @@ the log of the sum of exponentials that the kernels hand out; window and soft ca
 Other GPUs are refused: wgmma exists on Hopper only; for those before and after see ``mosaic_ampere``.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -37,19 +38,31 @@ from jmemserve.kernels.rule import Rule
 
 DEVICES = re.compile(r"\bG?H(100|200|20|800)(-|\b)")  # as JAX names Hoppers: "NVIDIA H100 80GB HBM3"
 HEADS = (*range(16, 128, 16), *range(128, 257, 32))  # head dims whose tiles fit swizzles, registers, shared memory
-TILE = 128  # query rows, and keys, of one go of a thread block where rows have several tokens
+TILE = 128  # query rows of a thread block where rows have several tokens
 WIDE = 128  # head dims above it have fewer keys in a go, for registers and shared memory
-DECODE_SPAN = 64  # keys of one go where rows have one token
 
 
-def _decode_slots(head_dim: int) -> int:
-    """At most 128 kB of keys and values are on their way to each multiprocessor."""
-    return max(2, min(4, (128 << 10) // (DECODE_SPAN * head_dim * 4)))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """How thread blocks go over keys and values; ``benchmarks/tiles.py`` finds out what suits a GPU."""
 
+    decode_span: int = 64  # keys of one go where rows have one token
+    decode_bytes: int = 128 << 10  # of keys and values that are on their way to a multiprocessor, at most
+    decode_blocks: int = (
+        132  # thread blocks that fill the GPU: registers and shared memory allow one per multiprocessor
+    )
+    prefill_span: int = 128  # keys of one go of a tile of queries
+    prefill_slots: int = 2  # such goes that are on their way
 
-def _tile_span(head_dim: int) -> int:
-    """Keys of one go of a tile of queries."""
-    return TILE if head_dim <= WIDE else TILE // 2
+    def ones(self, pool: Pool) -> Plan:
+        """For rows with one token."""
+        slots = max(2, min(4, self.decode_bytes // (self.decode_span * pool.head * 4)))
+        return Plan(**vars(pool), span=self.decode_span, slots=slots, warpgroups=1)
+
+    def many(self, pool: Pool) -> Plan:
+        """For the others."""
+        span = self.prefill_span if pool.head <= WIDE else self.prefill_span // 2
+        return Plan(**vars(pool), span=span, slots=self.prefill_slots, warpgroups=2)
 
 
 def why_not(need: Need) -> str | None:
@@ -75,17 +88,16 @@ def attend(
     rule: Rule,
     sinks: jax.Array | None = None,
     *,
+    tiles: Tiles = Tiles(),  # noqa: B008
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> tuple[jax.Array, Pages]:
     """See ``jmemserve.kernels.Attention``. ``interpret``: run the kernels on CPU, to see what they compute."""
-    return attend_by(_ones, _many, TILE, q, k, v, pages, layer, ragged, rule, sinks, interpret)
+    longest = max(tiles.decode_span, tiles.prefill_span)
 
+    def ones(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
+        return one_token_rows(tiles.ones(pool), q, kv, tables, context, tiles.decode_blocks)
 
-def _ones(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
-    plan = Plan(**vars(pool), span=DECODE_SPAN, slots=_decode_slots(pool.head), warpgroups=1)
-    return one_token_rows(plan, q, kv, tables, context)
+    def many(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged):
+        return many_token_rows(tiles.many(pool), q, kv, tables, ragged, least=2)
 
-
-def _many(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged):
-    plan = Plan(**vars(pool), span=_tile_span(pool.head), slots=2, warpgroups=2)
-    return many_token_rows(plan, q, kv, tables, ragged, least=2)
+    return attend_by(ones, many, longest, q, k, v, pages, layer, ragged, rule, sinks, interpret)

@@ -17,11 +17,11 @@ from jmemserve.kernels.mosaic_gpu.softmax import finish, nothing_yet
 from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan, attend_spans, copy_spans, wait_for_last
 from jmemserve.kernels.mosaic_gpu.work import combine, spans_of_split, splits_of
 
-BLOCKS = 132  # thread blocks that fill a Hopper GPU: registers and shared memory allow one per multiprocessor
 
-
-def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
+def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array, blocks: int):
     """q: [B, K, G, H], tables: i32[B, W] in whole spans, context: i32[B], 0 for rows to skip.
+
+    ``blocks``: thread blocks that fill the GPU.
 
     -> (f32 or q's type [B, K, G, H], log2 of the sum of exponentials f32[B, K, G])
     """
@@ -29,13 +29,13 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
     padded = -(-group // 8) * 8  # swizzled memory is copied eight rows at a time
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
     spans = tables.shape[1] * plan.size // plan.span
-    splits = splits_of(rows, kv_heads, spans, BLOCKS)
+    splits = splits_of(rows, kv_heads, spans, blocks)
     out_dtype = plan.dtype if splits == 1 else jnp.dtype(jnp.float32)
 
     def kernel(q_ref, kv_ref, tables_ref, context_ref, out_ref, lse_ref, q_smem, out_smem, lse_smem, q_full, *ring):
         row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
         context = context_ref[row]
-        low, first, last = spans_of_split(plan, context, split, splits)
+        low, first, plain, last = spans_of_split(plan, context, split, splits)
         worker = lax.axis_index("warpgroup")
 
         @pl.when(worker == 1)
@@ -49,9 +49,9 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
             plgpu.barrier_wait(q_full)
             limit = plgpu.layout_cast(lax.broadcast(context - 1, (ROWS,)), plgpu.Layout.WGMMA.reduce(1))
             state, _ = attend_spans(
-                plan, ring, q_smem, limit, low, context, first, last, nothing_yet(plan), jnp.int32(0)
+                plan, ring, q_smem, limit, low, context, first, plain, last, nothing_yet(plan), jnp.int32(0)
             )
-            out, lse = finish(state)
+            out, lse = finish(plan, state)
             lse_smem[...] = lse
             for part, columns in zip(out, plan.parts, strict=True):
                 held = out_smem.at[:, pl.ds(0, columns.size)]

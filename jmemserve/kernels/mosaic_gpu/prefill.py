@@ -31,7 +31,8 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
         q_ref, kv_ref, tables_ref, context_ref, starts_ref, rows_ref, owner_ref, positions_ref, out_ref, lse_ref,
         q_smem, lse_smem, owner_smem, positions_smem, q_full, *ring,
     ):  # fmt: skip
-        number, head = lax.axis_index("tile"), lax.axis_index("head")
+        # The last tiles, which have most to look at, begin first.
+        number, head = stacked.tiles - 1 - lax.axis_index("tile"), lax.axis_index("head")
         worker = lax.axis_index("warpgroup")
         first_token = lax.div(number * tile, jnp.int32(group))
         after_token = lax.div(number * tile + (tile - 1), jnp.int32(group)) + 1
@@ -44,7 +45,7 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
             plgpu.set_max_registers(40, action="decrease")
 
             def one_row(row, step):
-                _, _, first, last = part(row)
+                _, _, first, _, last = part(row)
                 return copy_spans(plan, ring, tables_ref, kv_ref, row, head, first, last, step)
 
             step = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, jnp.int32(0))
@@ -65,14 +66,16 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
 
             def one_row(row, carry):
                 *state, step = carry
-                low, high, first, last = part(row)
+                low, high, first, plain, last = part(row)
                 limit = jnp.where(owners == row, places, -1)
-                state, step = attend_spans(plan, ring, queries, limit, low, high, first, last, tuple(state), step)
+                state, step = attend_spans(
+                    plan, ring, queries, limit, low, high, first, plain, last, tuple(state), step
+                )
                 return (*state, step)
 
             start = (*nothing_yet(plan), jnp.int32(0))
             *state, _ = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, start)
-            out, lse = finish(tuple(state))
+            out, lse = finish(plan, tuple(state))
             for mixed, columns in zip(out, plan.parts, strict=True):
                 queries[:, columns] = mixed.astype(plan.dtype)
             lse_smem[worker] = lse
@@ -97,6 +100,6 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
             plgpu.Barrier(num_arrivals=3, num_barriers=plan.warpgroups),
             *plan.ring(),
         ],
-        grid={"head": kv_heads, "tile": stacked.tiles},
+        grid={"tile": stacked.tiles, "head": kv_heads},
     )(stacked.queries, kv, tables, ragged.context, ragged.starts, stacked.rows, stacked.owner, stacked.positions)
     return unstack(out, lse, tokens, group)

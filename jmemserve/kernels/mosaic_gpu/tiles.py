@@ -88,34 +88,36 @@ def wait_for_last(plan: Plan, ring, step):
             plgpu.barrier_wait(done.at[slot])
 
 
-def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state, step):
+def attend_spans(plan: Plan, ring, queries, limit, low, high, first, plain, last, state, step):
     """The computing part: ``queries`` ([64, H] in shared memory) over spans ``first`` to ``last`` of a row.
 
-    limit: i32[64], the last place that each query sees, -1 for none. low, high: outside of them nobody in the thread
-    block sees a key, and memory may hold anything, even NaN. -> the new (state, step).
+    limit: i32[64], the last place that each query sees, -1 for none; before span ``plain`` all see everything. low,
+    high: outside of them nobody in the thread block sees a key, and memory may hold anything, even NaN.
+    -> the new (state, step).
     """
     keys, values, k_full, v_full, done, cleaned, *held_weights = ring
     span, worker = plan.span, lax.axis_index("warpgroup")
 
-    def one_span(chunk, carry):
+    def one_span(masked, chunk, carry):
         mixed, top, mass, step = carry
         slot = lax.rem(step, jnp.int32(plan.slots))
         plgpu.barrier_wait(k_full.at[slot])
 
         products = _product(queries, keys.at[slot].transpose((1, 0)), span)
-        weights, keep, new_top, mass = weigh(plan, products, chunk, limit, top, mass)
+        weights, keep, new_top, mass = weigh(plan, products, chunk, limit, top, mass, masked)
         weights = weights.astype(plan.dtype)
         plgpu.barrier_wait(v_full.at[slot])
 
-        # Weights of unseen keys are 0, but 0 * NaN is NaN. Each warpgroup cleans its own parts of the span.
-        @pl.when((chunk * span < low) | (chunk * span + span > high))
-        def _():
-            for part in range(span // ROWS):
-                pl.when(worker == part % plan.warpgroups)(
-                    partial(_clean, plan, values.at[slot], chunk, part, low, high)
-                )
-            plgpu.barrier_arrive(cleaned)
-            plgpu.barrier_wait(cleaned)
+        if masked:  # weights of unseen keys are 0, but 0 * NaN is NaN; each warpgroup cleans its own parts of the span
+
+            @pl.when((chunk * span < low) | (chunk * span + span > high))
+            def _():
+                for part in range(span // ROWS):
+                    pl.when(worker == part % plan.warpgroups)(
+                        partial(_clean, plan, values.at[slot], chunk, part, low, high)
+                    )
+                plgpu.barrier_arrive(cleaned)
+                plgpu.barrier_wait(cleaned)
 
         for held in held_weights:
             weights = _kept(held.at[worker], weights)
@@ -126,7 +128,8 @@ def attend_spans(plan: Plan, ring, queries, limit, low, high, first, last, state
         plgpu.barrier_arrive(done.at[slot])
         return mixed, new_top, mass, step + 1
 
-    *state, step = lax.fori_loop(first, last, one_span, (*state, step))
+    carry = lax.fori_loop(first, plain, partial(one_span, False), (*state, step))
+    *state, step = lax.fori_loop(plain, last, partial(one_span, True), carry)
     return tuple(state), step
 
 

@@ -8,7 +8,7 @@ from jax import lax
 
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.mosaic_gpu.plan import Tiling
-from jmemserve.kernels.mosaic_gpu.softmax import NEVER
+from jmemserve.kernels.mosaic_gpu.softmax import SOME
 
 # -- rows with one new token -------------------------------------------------------------------------------------------
 
@@ -26,12 +26,15 @@ def splits_of(rows: int, kv_heads: int, spans: int, blocks: int) -> int:
 
 
 def spans_of_split(plan: Tiling, context, split, splits: int):
-    """In a kernel: (first place that the row's new token sees, first span of the split, the one after its last)."""
+    """In a kernel: (first place that the row's new token sees, first span of the split, the first that it does not see
+    all of, the one after its last)."""
     low = jnp.int32(0) if plan.rule.window is None else jnp.maximum(context - plan.rule.window, 0)
     begin = lax.div(low, jnp.int32(plan.span))
     count = lax.div(context + (plan.span - 1), jnp.int32(plan.span)) - begin
     share = jnp.maximum(lax.div(count + (splits - 1), jnp.int32(splits)), SHORTEST if splits > 1 else 0)
-    return low, begin + jnp.minimum(split * share, count), begin + jnp.minimum(split * share + share, count)
+    first = begin + jnp.minimum(split * share, count)
+    last = begin + jnp.minimum(split * share + share, count)
+    return low, first, _plain(plan, context, first, last), last
 
 
 def combine(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -39,7 +42,7 @@ def combine(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     if out.shape[0] == 1:
         return out[0], lse[0]
     top = lse.max(0, keepdims=True)
-    some = lse > NEVER / 2  # of the others nothing was written
+    some = lse > SOME  # of the others nothing was written
     weights = jnp.where(some, jnp.exp2(lse - top), 0)
     mass = jnp.maximum(weights.sum(0), 1e-30)
     mixed = jnp.where(some[..., None], out * weights[..., None], 0).sum(0)
@@ -91,7 +94,8 @@ def unstack(out: jax.Array, lse: jax.Array, tokens: int, group: int) -> tuple[ja
 
 
 def part_of(plan: Tiling, context, starts, row, first_token, after_token, least: int):
-    """In a kernel, of a row's keys those for a tile of tokens: (low, high, first span, the one after the last).
+    """In a kernel, of a row's keys those for a tile of tokens: (low, high, first span, the first that not all of the
+    tile see all of, the one after the last).
 
     context: i32[B] and starts: i32[B + 1] in global memory; rows with fewer than ``least`` new tokens have no span.
     Outside of low to high no token of the tile sees a key.
@@ -103,4 +107,14 @@ def part_of(plan: Tiling, context, starts, row, first_token, after_token, least:
         low = jnp.maximum(jnp.maximum(start, first_token) + to_place - plan.rule.window + 1, 0)
     furthest = jnp.minimum(stop, after_token) + to_place
     last = jnp.where(stop - start < least, 0, lax.div(furthest + (plan.span - 1), jnp.int32(plan.span)))
-    return low, furthest, lax.div(low, jnp.int32(plan.span)), last
+    first = lax.div(low, jnp.int32(plan.span))
+    whole = (start <= first_token) & (stop >= after_token)  # no other row is in the tile
+    seen = jnp.where(whole, first_token + to_place + 1, 0)
+    return low, furthest, first, _plain(plan, seen, first, last), last
+
+
+def _plain(plan: Tiling, seen, first, last):
+    """The first of some spans of which not all ``seen`` places are everybody's; with a window that is any."""
+    if plan.rule.window is not None:
+        return first
+    return jnp.maximum(first, jnp.minimum(lax.div(seen, jnp.int32(plan.span)), last))
