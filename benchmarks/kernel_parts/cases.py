@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 
-from jmemserve.kernels import BACKENDS, Moves, Ragged, attention_backend, block_moves, fold_of, own_products
+from jmemserve.kernels import BACKENDS, Attention, Moves, Ragged, attention_backend, block_moves, fold_of, own_products
 from jmemserve.kernels.choice import Need, why_not
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kernels.rule import Rule
@@ -208,9 +208,16 @@ def make_batch(setting: Setting, heads: Heads, block: int, batch: int, context: 
 def _attend(part: str, setting: Setting, heads: Heads, block: int, batch: int, context: int, name: str) -> Row:
     if (reason := why_not(name, setting.need(heads, block))) is not None:
         raise Skipped(f"{name}: {reason}")
+    return attention_row(part, setting, heads, block, batch, context, name, attention_backend(name))
+
+
+def attention_row(
+    part: str, setting: Setting, heads: Heads, block: int, batch: int, context: int, name: str, kernel: Attention
+) -> Row:
+    """One measurement of a kernel that is a backend's own of that name, or like it."""
     new = 1 if part == "decode" else context
     q, k, v, pages, ragged = make_batch(setting, heads, block, batch, context, new, fold_of(name, heads.head_dim))
-    kernel, rule = attention_backend(name), Rule(heads.head_dim**-0.5)
+    rule = Rule(heads.head_dim**-0.5)
     times = setting.times(part, context)
 
     def step(carry, k, v, ragged):
