@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jmemserve.engine import sampling
 from jmemserve.engine.mesh import AXIS
+from jmemserve.engine.mixing import mix_of
 from jmemserve.engine.orders import Order, Orders, num_ints, unpack
 from jmemserve.kernels import attention_backend, own_products
 from jmemserve.kernels.pages import page_axes
@@ -207,10 +208,12 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str, rows: i
             return sharded(pages, q, k, v, ragged)
 
         model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
+        mix = mix_of(mesh, model.config)
         if products is None:
-            ops, of_rows = Ops(attend), project
+            ops, of_rows = Ops(attend, mix=mix, used=ragged.starts[-1]), project
         else:
-            ops = Ops(attend, functools.partial(products, used=ragged.starts[-1]), products)
+            every = functools.partial(products, used=ragged.starts[-1])
+            ops = Ops(attend, every, products, mix, ragged.starts[-1])
             of_rows = functools.partial(products, used=jnp.sum(ragged.context > 0, dtype=jnp.int32))
         hidden, pages = model(tokens, ragged.positions, pages, ops)
         logits = model.logits(hidden[:, ends], of_rows)

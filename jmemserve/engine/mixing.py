@@ -1,0 +1,42 @@
+"""How the experts of a layer are run on an instance's mesh: by what its devices are good at, each its own experts."""
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jmemserve.engine.mesh import AXIS
+from jmemserve.models.config import ModelConfig
+from jmemserve.models.describe import describe_layer
+from jmemserve.models.experts import Matrices, Routes, by_experts, by_size
+from jmemserve.models.moe import by_tiles
+from jmemserve.models.ops import Mix
+
+FORMS: dict[str, Mix] = {"cpu": by_tiles, "gpu": by_size, "tpu": by_experts}
+
+
+def mix_of(mesh: Mesh, config: ModelConfig, platform: str | None = None) -> Mix | None:
+    """For ``Ops``. Every device has all tokens, and mixes them as far as its experts, or its parts of them, go."""
+    platform = platform or mesh.devices.flat[0].platform
+    form, experts = FORMS.get(platform, by_experts), config.experts
+    if experts is None or (mesh.size == 1 and form is by_tiles):
+        return None
+    if mesh.size == 1:
+        return form
+    weights = describe_layer(config, min(experts.layers))
+
+    def specs(name: str) -> Any:
+        """In place of each array, how it is divided."""
+        found = (weights.get(name), weights.get(f"{name}_scale"))
+        given: Any = (None if weight is None else P(*weight.spec(dict(mesh.shape))) for weight in found)
+        return Matrices(*given)
+
+    def local(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:
+        count = gate_up.values.shape[0]
+        first = lax.axis_index(AXIS) * count if count < experts.count else 0
+        return lax.psum(form(gate_up, down, x, routes.among(first, count)), AXIS)
+
+    given = (specs("experts_gate_up"), specs("experts_down"), P(), P())
+    return jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=P(), check_vma=False)
