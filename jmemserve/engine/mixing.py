@@ -17,10 +17,9 @@ from jmemserve.models.ops import Mix
 FORMS: dict[str, Mix] = {"cpu": by_tiles, "gpu": by_size, "tpu": by_experts}
 
 
-def mix_of(mesh: Mesh, config: ModelConfig, platform: str | None = None) -> Mix | None:
+def mix_of(mesh: Mesh, config: ModelConfig) -> Mix | None:
     """For ``Ops``. Every device has all tokens, and mixes them as far as its experts, or its parts of them, go."""
-    platform = platform or mesh.devices.flat[0].platform
-    form, experts = FORMS.get(platform, by_experts), config.experts
+    form, experts = FORMS.get(mesh.devices.flat[0].platform, by_experts), config.experts
     if experts is None or (mesh.size == 1 and form is by_tiles):
         return None
     if mesh.size == 1:

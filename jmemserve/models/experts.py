@@ -81,7 +81,7 @@ def by_experts(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) 
 
 def _all_at_once(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:
     each = jnp.arange(gate_up.values.shape[0])[:, None, None]
-    share = jnp.sum(jnp.where(routes.chosen == each, routes.share, 0), axis=-1)[:, None]  # E 1 T
+    share = jnp.sum(jnp.where(routes.chosen[None] == each, routes.share[None], 0), axis=-1)[:, None]  # E 1 T
     both = gate_up.columns(x)
     # Zero where nobody asked: it might be too large for the type.
     inner = jnp.where(share > 0, jax.nn.silu(both[:, :, 0]) * both[:, :, 1], 0)
@@ -98,7 +98,8 @@ def _in_rounds(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) 
     def one_round(number: jax.Array, out: jax.Array) -> jax.Array:
         since = number * SPAN
         # Behind the last one of an expert come those of others: nobody will ask for what is made of them.
-        given = rows[order.at[starts[:, None] + since + jnp.arange(SPAN)].get(mode="clip") // k]  # E SPAN D
+        pair = order.at[(starts + since)[:, None] + jnp.arange(SPAN)[None]].get(mode="clip")
+        given = rows[pair // k]  # E SPAN D
         both = gate_up.rows(given)
         made = down.rows(jax.nn.silu(both[..., 0]) * both[..., 1])
         here = (place >= since) & (place < since + SPAN) & (routes.chosen < nobody)
