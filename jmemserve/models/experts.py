@@ -3,9 +3,11 @@
 An accelerator reads a weight in about the time in which it multiplies it with SPAN columns, so with fewer columns it
 does not matter how many there are, nor whose. Weights are used as they lie, without a copy:
 
-    few pairs           each (token, expert) pair reads the weights that it needs, into a product with one column
-    up to SPAN tokens   every expert takes all tokens; what it makes of those that did not choose it counts nothing
-    more                rounds, in which every expert takes the next SPAN of those that chose it, until none are left
+    by_pairs      each (token, expert) pair reads the weights that it needs, into a product with one column
+    all_at_once   every expert takes all tokens; what it makes of those that did not choose it counts nothing
+    in_rounds     every expert takes the next SPAN tokens of those that chose it, until none are left
+
+All have gate_up [E, F, 2, D], down [E, D, F] and x [D, T], and return f32[D, T].
 """
 
 from typing import NamedTuple
@@ -30,12 +32,10 @@ class Matrices(NamedTuple):
         return (out if self.scale is None else out * self.scale).astype(x.dtype)
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """With each its own rows [E, T, in]: [E, T, ...], rounded to their type."""
-        count, *shape, _ = self.values.shape
-        values = self.values.reshape(count, -1, x.shape[-1]).astype(x.dtype)  # else XLA copies them for this order
-        out = jnp.einsum("etk,enk->etn", x, values, preferred_element_type=jnp.float32)
-        out = out if self.scale is None else out * self.scale.reshape(count, 1, -1)
-        return out.astype(x.dtype).reshape(*x.shape[:2], *shape)
+        """The same of columns each its own [E, in, T], and turned: [E, T, ...]."""
+        values = self.values.astype(x.dtype)
+        out = jnp.einsum("ekt,e...k->et...", x, values, preferred_element_type=jnp.float32)
+        return (out if self.scale is None else out * self.scale[:, None, ..., 0]).astype(x.dtype)
 
     def of_pairs(self, expert: jax.Array, x: jax.Array) -> jax.Array:
         """Of the experts i32[P] with a row each [P, in]: [P, ...], rounded to their type."""
@@ -57,15 +57,8 @@ class Routes(NamedTuple):
         return Routes(jnp.where(own, self.chosen - first, count), self.share)
 
 
-def by_size(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:
-    """gate_up [E, F, 2, D], down [E, D, F], x [D, T] -> f32[D, T]; the best way for so many tokens on a GPU."""
-    # Pairs may share experts, and a product is better than one column each: only where much less is read.
-    few = 2 * routes.chosen.size <= gate_up.values.shape[0]
-    return (by_pairs if few else by_experts)(gate_up, down, x, routes)
-
-
 def by_pairs(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:
-    """The same, pair by pair."""
+    """Good where far fewer experts are needed than there are."""
     tokens, k = routes.chosen.shape
     nobody = gate_up.values.shape[0]
     expert = jnp.minimum(routes.chosen, nobody - 1).reshape(-1)
@@ -74,12 +67,8 @@ def by_pairs(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) ->
     return _sum(made.reshape(tokens, k, -1), routes.share, routes.chosen < nobody).T
 
 
-def by_experts(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:
-    """The same, expert by expert."""
-    return (_all_at_once if x.shape[1] <= SPAN else _in_rounds)(gate_up, down, x, routes)
-
-
-def _all_at_once(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:
+def all_at_once(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:
+    """Good up to SPAN tokens."""
     each = jnp.arange(gate_up.values.shape[0])[:, None, None]
     share = jnp.sum(jnp.where(routes.chosen[None] == each, routes.share[None], 0), axis=-1)[:, None]  # E 1 T
     both = gate_up.columns(x)
@@ -88,7 +77,8 @@ def _all_at_once(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes
     return jnp.sum(down.columns(inner) * share, axis=0)
 
 
-def _in_rounds(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:
+def in_rounds(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:
+    """Good for more."""
     tokens, k = routes.chosen.shape
     nobody = gate_up.values.shape[0]
     order, counts, starts = sort(routes, nobody)
@@ -100,8 +90,8 @@ def _in_rounds(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) 
         # Behind the last one of an expert come those of others: nobody will ask for what is made of them.
         pair = order.at[(starts + since)[:, None] + jnp.arange(SPAN)[None]].get(mode="clip")
         given = rows[pair // k]  # E SPAN D
-        both = gate_up.rows(given)
-        made = down.rows(jax.nn.silu(both[..., 0]) * both[..., 1])
+        both = gate_up.columns(given.mT)
+        made = down.rows(jax.nn.silu(both[:, :, 0]) * both[:, :, 1])  # E SPAN D
         here = (place >= since) & (place < since + SPAN) & (routes.chosen < nobody)
         of_pair = made.at[routes.chosen, place - since].get(mode="clip")  # T k D
         return out + _sum(of_pair, routes.share, here)

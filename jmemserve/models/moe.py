@@ -36,14 +36,19 @@ def mixture(
 
 
 def by_tiles(
-    gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes, product: ProjectFirst = project_first
+    gate_up: Matrices,
+    down: Matrices,
+    x: jax.Array,
+    routes: Routes,
+    product: ProjectFirst = project_first,
+    longest: int = TILE,
 ) -> jax.Array:
-    """gate_up [E, F, 2, D], down [E, D, F], x [D, T] -> f32[D, T]."""
+    """gate_up [E, F, 2, D], down [E, D, F], x [D, T] -> f32[D, T]; ``longest``: pairs of a tile."""
     width, tokens = x.shape
     count, inner = gate_up.values.shape[:2]
     k = routes.chosen.shape[1]
     pairs = tokens * k
-    tile = min(TILE, pairs)
+    tile = min(longest, pairs)
     order, counts, starts = sort(routes, count)
     tiles = -(-counts // tile)
     ends = jnp.cumsum(tiles)

@@ -17,14 +17,14 @@ from jmemserve.engine import mixing
 from jmemserve.engine.mixing import mix_of
 from jmemserve.models import ModelConfig, experts, load_config
 from jmemserve.models.describe import describe_layer
-from jmemserve.models.experts import Matrices, by_experts, by_pairs, by_size
+from jmemserve.models.experts import Matrices, all_at_once, by_pairs, in_rounds
 from jmemserve.models.moe import by_tiles, mixture
 from jmemserve.models.ops import Mix, Ops
 from jmemserve.types import SamplingParams
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOKENS, WIDTH, INNER = 40, 16, 8
-FORMS = {"tiles": by_tiles, "pairs": by_pairs, "experts": by_experts, "rounds": by_experts}
+FORMS = {form.__name__: form for form in (by_tiles, by_pairs, all_at_once, in_rounds)}
 KINDS = [None, "int8"]
 
 
@@ -86,7 +86,7 @@ def reference(config: ModelConfig, weights: dict[str, np.ndarray], x: np.ndarray
 def form(request, monkeypatch) -> str:
     """What CPUs run, in place of what is theirs."""
     monkeypatch.setitem(mixing.FORMS, "cpu", FORMS[request.param])
-    monkeypatch.setattr(experts, "SPAN", 6 if request.param == "rounds" else experts.SPAN)
+    monkeypatch.setattr(experts, "SPAN", 6)  # so that there are several rounds
     return request.param
 
 
@@ -124,28 +124,39 @@ def test_padding_goes_to_nobody(form: str, used: int, size: int) -> None:
     assert not found[:, used:].any()
 
 
-def test_few_pairs_of_many_experts_are_read_alone(monkeypatch) -> None:
+# By tokens, with 8 experts and 2 per token: few pairs, up to SPAN, more.
+CHOICES = {
+    "gpu": {2: by_pairs, 3: all_at_once, 6: all_at_once, 7: in_rounds},
+    "tpu": {2: by_tiles, 3: all_at_once, 6: all_at_once, 7: by_tiles},
+}
+
+
+@pytest.mark.parametrize("platform", CHOICES)
+def test_the_form_is_chosen_by_size(platform: str, monkeypatch) -> None:
     taken: list[str] = []
 
     def noting(name: str) -> Mix:
-        return lambda *given: taken.append(name) or FORMS[name](*given)
+        return lambda *given, **more: taken.append(name) or FORMS[name](*given, **more)
 
-    monkeypatch.setitem(mixing.FORMS, "cpu", by_size)
-    for name in ("pairs", "experts"):
-        monkeypatch.setattr(experts, f"by_{name}", noting(name))
-    for count, tokens, size in ((8, 2, 1), (8, 3, 1), (8, 1, 2), (8, 2, 2)):
-        config = shape_of(count, 2, None)
-        weights = weights_of(config)
-        run(config, weights, np.ones((WIDTH, tokens), np.float32), size)
-    assert taken == ["pairs", "experts", "pairs", "experts"]
+    monkeypatch.setattr(mixing, "SPAN", 6)
+    for name in FORMS:
+        monkeypatch.setattr(mixing, name, noting(name))
+    monkeypatch.setitem(mixing.FORMS, "cpu", mixing.FORMS[platform])
+    config = shape_of(8, 2, None)
+    for tokens in CHOICES[platform]:
+        run(config, weights_of(config), np.ones((WIDTH, tokens), np.float32), 1)
+    assert taken == [form.__name__ for form in CHOICES[platform].values()]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("mesh", ["colocated", "colocated:2"])
-def test_the_engine_makes_the_same_tokens(name: str, mesh: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "mesh", "platform"),
+    [("mixtral", "colocated", "gpu"), ("qwen3_moe", "colocated:2", "gpu"), ("mixtral", "colocated:2", "tpu")],
+)
+def test_the_engine_makes_the_same_tokens(name: str, mesh: str, platform: str, monkeypatch) -> None:
     """As accelerators do it; prompts take several rounds."""
-    monkeypatch.setitem(mixing.FORMS, "cpu", by_size)
-    monkeypatch.setattr(experts, "SPAN", 8)
+    monkeypatch.setitem(mixing.FORMS, "cpu", mixing.FORMS[platform])
+    for module in (mixing, experts):
+        monkeypatch.setattr(module, "SPAN", 8)
     with np.load(FIXTURES / name / "reference.npz") as arrays:
         prompts, wanted = ([arrays[f"{part}{n}"].tolist() for n in range(3)] for part in ("prompt", "greedy"))
     params = SamplingParams(temperature=0, max_tokens=len(wanted[0]))
