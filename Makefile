@@ -2,7 +2,7 @@
 # PYTHON= names the interpreter for the virtual environment; otherwise tools/find-python chooses one and says which.
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-slow test-gpu check format proto bench bench-gpu clean
+.PHONY: help serve demo test test-slow test-gpu test-cuda check format proto bench bench-gpu clean
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -16,6 +16,7 @@ help:
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make test-gpu   the tests that need a GPU (installs JAX for CUDA)"
+	@echo "make test-cuda  what compilers make for GPUs; needs none (installs JAX for CUDA)"
 	@echo "make check      formatting, lint and types"
 	@echo "make format     put the code into the form that check asks for"
 	@echo "make proto      regenerate the gRPC code from jmemserve/server/jmemserve.proto"
@@ -44,10 +45,14 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	@$(RUN) -m pytest -m slow $(ARGS)
 
-# JAX for CUDA is some gigabytes, so only this verb brings it.
+# JAX for CUDA is some gigabytes, so only these verbs bring it.
 test-gpu: $(INSTALLED)
 	$(RUN) -m pip install --disable-pip-version-check --quiet --editable ".[test,cuda]"
 	@JAX_PLATFORMS=cuda,cpu $(RUN) -m pytest -m gpu $(ARGS)
+
+test-cuda: $(INSTALLED)
+	$(RUN) -m pip install --disable-pip-version-check --quiet --editable ".[test,cuda]"
+	@$(RUN) -m pytest -m cuda $(ARGS)
 
 check: $(INSTALLED)
 	$(RUN) -m ruff format --check .

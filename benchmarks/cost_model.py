@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from engine import Driver
+from engine_parts.driver import Driver
 from tqdm import tqdm
 
 from jmemserve.config import EngineConfig, LoadFormat

@@ -3,96 +3,44 @@
     python benchmarks/engine.py                      the 125M Llama shape, dummy weights
     python benchmarks/engine.py --config benchmarks/configs/llama-3.1-8b --prompts 512 8192 --batches 1 64 256
     python benchmarks/engine.py --attention xla      without our own kernels
+    python benchmarks/engine.py --profile FOLDER     also where the device's time goes; traces for Perfetto in a folder
     python benchmarks/engine.py --quick              small sizes: shows that it works, measures nothing
 
 A step has to read every weight once and each sequence's keys and values; it has to do two FLOP per weight and token
 (per prompt for the logits' weight) and the attention products. Its limit is the longer of the two times, by the
 bandwidth of memory and by the rate of XLA's own large matrix product. The last table is the time to the first token of
-a prompt of which a share is in the cache (paper figure 13), from device memory and from host memory.
+a prompt of which a share is in the cache (paper figure 13), from device memory and from host memory. When --limit is
+over nothing else begins, but what is measured once; the results say what is missing.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import machine
 import numpy as np
+from engine_parts import profiles
+from engine_parts.driver import Driver
 from tqdm import tqdm
 
 from jmemserve.config import (
     AttentionBackend,
-    ClusterSpec,
     EngineConfig,
     LoadFormat,
     Quantization,
     SwapPolicy,
-    parse_mesh,
 )
 from jmemserve.devices import arrange_cpu_devices
 from jmemserve.engine.build import read_model_config, resolve_dtype
-from jmemserve.engine.cluster import Cluster
-from jmemserve.engine.report import ConsoleReport
 from jmemserve.errors import ConfigError
-from jmemserve.types import Event, Request, SamplingParams
 
 HERE = Path(__file__).parent
 SHARES = (0, 25, 50, 75, 100)  # percent of a prompt that is cached
-
-
-class Driver:
-    """Sends requests to a cluster and notes when each token came."""
-
-    def __init__(self, engine: EngineConfig, mesh: str = "colocated"):
-        self.times: dict[str, list[float]] = {}
-        self.ended: dict[str, threading.Event] = {}
-        self.cached: dict[str, int] = {}
-        self.cluster = Cluster(ClusterSpec(parse_mesh(mesh), engine), ConsoleReport(), self._on_events)
-        self.cluster.start()
-        self._rng = np.random.default_rng(0)
-        self._number = 0
-
-    def _on_events(self, events: list[Event]) -> None:
-        now = time.perf_counter()
-        for event in events:
-            self.times[event.request_id] += [now] * len(event.tokens)
-            if event.finish is not None:
-                self.cached[event.request_id] = event.usage.cached_tokens
-                self.ended[event.request_id].set()
-
-    def prompt(self, length: int) -> tuple[int, ...]:
-        return tuple(self._rng.integers(3, self.cluster.vocab_size, length).tolist())
-
-    def run(self, prompts: list[tuple[int, ...]], new_tokens: int) -> tuple[float, list[list[float]], list[int]]:
-        """(start, times of every token of every request, cached tokens of each)."""
-        params = SamplingParams(temperature=0, max_tokens=new_tokens)
-        ids = []
-        for _ in prompts:
-            self._number += 1
-            ids.append(f"b{self._number}")
-            self.times[ids[-1]], self.ended[ids[-1]] = [], threading.Event()
-        start = time.perf_counter()
-        for request_id, prompt in zip(ids, prompts, strict=True):
-            self.cluster.submit(Request(request_id, prompt, params, 0))
-        for request_id in ids:
-            if not self.ended[request_id].wait(600):
-                raise SystemExit(f"{request_id} did not end within 600 s")
-        return start, [self.times[i] for i in ids], [self.cached[i] for i in ids]
-
-    def first_token(self, prompt: tuple[int, ...]) -> tuple[float, int]:
-        """(seconds, cached tokens)."""
-        start, times, found = self.run([prompt], 1)
-        return times[0][0] - start, found[0]
-
-    def decode_rate(self, batch: int, context: int, new_tokens: int) -> float:
-        """Tokens per second while all of a batch decode."""
-        _, times, _ = self.run([self.prompt(context) for _ in range(batch)], new_tokens)
-        begin = max(t[0] for t in times)  # from here on every sequence decodes
-        last = min(t[-1] for t in times)
-        return sum(begin < at <= last for t in times for at in t) / (last - begin)
 
 
 def main() -> None:
@@ -129,12 +77,15 @@ def measure(args: argparse.Namespace) -> None:
     dtype = resolve_dtype(engine, config)
     item = np.dtype(jax.numpy.dtype(dtype)).itemsize
     big, size = (8, 128) if args.quick else (256, 2048) if jax.default_backend() == "cpu" else (2048, 8192)
+    end = time.monotonic() + args.limit
     driver = Driver(engine)
     bandwidths, rates = [], []
     prefill: dict[int, list[float]] = {length: [] for length in args.prompts}
     decode: dict[int, list[float]] = {batch: [] for batch in args.batches}
     bar = tqdm(total=args.repeats * (len(prefill) + len(decode)), desc="measure")
     for _ in range(args.repeats):
+        if rates and time.monotonic() > end:
+            break
         bandwidths.append(machine.read_bandwidth(big, 5))
         rates.append(machine.matmul_rate(size, 5, dtype))
         for length in args.prompts:
@@ -144,7 +95,6 @@ def measure(args: argparse.Namespace) -> None:
             decode[batch].append(driver.decode_rate(batch, args.context, args.new_tokens))
             bar.update(1)
     bar.close()
-    driver.cluster.stop()
     bandwidth, rate = float(np.median(bandwidths)), float(np.median(rates))
     weights, kv_per_token = count_weights(config), 2 * config.num_layers * config.num_kv_heads * config.head_dim
     head = config.hidden_size * config.vocab_size  # never quantized
@@ -177,24 +127,66 @@ def measure(args: argparse.Namespace) -> None:
     }
     print(json.dumps({key: value for key, value in results.items() if key != "rows"}, indent=2))
     show(rows)
+    keep(args.output, results | {"repeats": len(rates)})
+    if args.profile:
+        results["profiles"] = profiled(driver, args)
     first: list[dict[str, object]] = []
     for medium in () if args.skip_cached else ("HBM", "DRAM"):
-        if args.output:  # so much is kept should the next fail
-            args.output.write_text(json.dumps(results | {"first_token": first}, indent=2) + "\n")
-        first += cached_prompts(medium, engine, longest, args.repeats)
+        keep(args.output, results | {"first_token": first})  # so much should the next fail
+        if time.monotonic() > end:
+            print(f"no time was left for prompts that are cached in {medium}")
+            continue
+        if medium == "DRAM":
+            driver.cluster.stop()
+            driver, engine = host_driver(engine, longest)
+        first += cached_prompts(medium, driver, engine, longest, args.repeats, end)
+    driver.cluster.stop()
     show_first(first)
-    if args.output:
-        args.output.write_text(json.dumps(results | {"first_token": first}, indent=2) + "\n")
+    keep(args.output, results | {"first_token": first})
 
 
-def cached_prompts(medium: str, engine: EngineConfig, length: int, repeats: int) -> list[dict[str, object]]:
+def keep(path: Path | None, results: dict[str, object]) -> None:
+    """Write what there is so far, if it was asked for."""
+    if path:
+        path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def profiled(driver: Driver, args: argparse.Namespace) -> list[dict[str, object]]:
+    """Where the device's time goes while a small and a large batch decode, and in prefilling the longest prompt."""
+    found = []
+
+    def note(name: str, work: Callable[[], object]) -> None:
+        args.profile.mkdir(parents=True, exist_ok=True)
+        trace = args.profile / f"{Path(args.config).name}-{name.replace(' ', '-')}.json.gz"
+        whole, kinds = profiles.profile(work, trace)
+        profiles.show(name, whole, kinds)
+        some = [dataclasses.asdict(kind) for kind in kinds[: profiles.MOST]]
+        found.append({"what": name, "seconds": whole, "kinds": some})
+
+    for batch in sorted({min(args.batches), max(args.batches)}):
+        ids = driver.submit([driver.prompt(args.context) for _ in range(batch)], args.new_tokens)
+        driver.wait_for_first(ids)
+        note(f"decode {batch}", functools.partial(driver.wait, ids))
+    prompt = driver.prompt(max(args.prompts))
+    note(f"prefill {len(prompt)}", functools.partial(driver.first_token, prompt))
+    return found
+
+
+def host_driver(engine: EngineConfig, length: int) -> tuple[Driver, EngineConfig]:
+    """One whose device memory holds little more than a prompt, and whose host memory holds some."""
+    host = dataclasses.replace(engine, kv_cache_tokens=-(-length // 16) * 16 + 512, swap=SwapPolicy.ALWAYS)
+    host = dataclasses.replace(host, host_memory_gb=_gib(host, 6 * length), max_model_len=length + 16)
+    return Driver(host), host
+
+
+def cached_prompts(
+    medium: str, driver: Driver, engine: EngineConfig, length: int, repeats: int, end: float
+) -> list[dict[str, object]]:
     """Seconds to the first token by the share of the prompt that is cached in a medium."""
-    if medium == "DRAM":
-        host = dataclasses.replace(engine, kv_cache_tokens=-(-length // 16) * 16 + 512, swap=SwapPolicy.ALWAYS)
-        engine = dataclasses.replace(host, host_memory_gb=_gib(host, 6 * length), max_model_len=length + 16)
-    driver = Driver(engine)
     times: dict[int, list[float]] = {share: [] for share in SHARES}
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        if repeat and time.monotonic() > end:
+            break
         for share in SHARES:
             kept = length * share // 100 // engine.block_size * engine.block_size
             base = driver.prompt(max(kept, 1))
@@ -205,7 +197,6 @@ def cached_prompts(medium: str, engine: EngineConfig, length: int, repeats: int)
             seconds, cached = driver.first_token((*base[:kept], *driver.prompt(length - kept)))
             assert cached >= kept - engine.block_size, f"{cached} of {kept} tokens were cached in {medium}"
             times[share].append(seconds)
-    driver.cluster.stop()
     return [
         {"medium": medium, "tokens": length, "cached_percent": share, "seconds": float(np.median(seconds))}
         for share, seconds in times.items()
@@ -258,6 +249,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--max-num-batched-tokens", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds after which nothing else begins")
+    parser.add_argument("--profile", type=Path, help="a folder for traces")
     parser.add_argument("--skip-cached", action="store_true", help="no prompts of which a part is cached")
     parser.add_argument("--compilation-cache-dir", help="keep compiled steps here between runs")
     parser.add_argument("--quick", action="store_true")

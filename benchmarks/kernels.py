@@ -19,6 +19,7 @@ attention where it is installed.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +71,9 @@ def main() -> None:
         kept = [row.as_dict(peaks) for row in rows]
         made = about | dataclasses.asdict(peaks) | other | {"rows": kept}
         args.output.write_text(json.dumps(made, indent=1) + "\n")
-    if args.plot and rows:
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+    elif args.plot and rows:
         from kernel_parts import plots
 
         plots.draw(rows, peaks, args.plot, f"{about['device']}, jax {about['jax']}, {setting.dtype}")

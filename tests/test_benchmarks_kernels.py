@@ -49,7 +49,7 @@ def test_one_that_fails_does_not_stop_the_others(monkeypatch) -> None:
 def test_the_engine_benchmark_runs(tmp_path: Path) -> None:
     output = tmp_path / "engine.json"
     command = [sys.executable, "benchmarks/engine.py", "--quick", "--config", "benchmarks/configs/llama-28m"]
-    command += ["--output", str(output)]
+    command += ["--output", str(output), "--profile", str(tmp_path / "traces")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(output.read_text())
@@ -58,3 +58,39 @@ def test_the_engine_benchmark_runs(tmp_path: Path) -> None:
     assert {(row["medium"], row["cached_percent"]) for row in found["first_token"]} == {
         (medium, share) for medium in ("HBM", "DRAM") for share in (0, 25, 50, 75, 100)
     }
+    assert [row["what"] for row in found["profiles"]] == ["decode 2", "prefill 64"]
+    assert all(row["kinds"] and row["seconds"] > 0 for row in found["profiles"])
+    assert len(list((tmp_path / "traces").iterdir())) == 2
+
+
+def test_time_is_summed_by_what_a_device_did(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    profiles = importlib.import_module("engine_parts.profiles")
+
+    def named(what: str, pid: int, name: str, tid: int = 0) -> dict:
+        return {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}}
+
+    def did(name: str, pid: int, tid: int, start: float, micros: float, **args: str) -> dict:
+        return {"ph": "X", "name": name, "pid": pid, "tid": tid, "ts": start, "dur": micros, "args": args}
+
+    host = [
+        named("process_name", 1, "/host:CPU"),
+        did("while.3", 1, 7, 0, 100, hlo_op="while.3"),
+        did("dot.1", 1, 7, 10, 30, hlo_op="dot.1"),
+        did("dot.2", 1, 7, 50, 20, hlo_op="dot.2"),
+        did("waits", 1, 7, 0, 500),
+    ]
+    whole, kinds = profiles.summed(host)
+    assert whole == 100e-6
+    assert [(kind.name, round(kind.seconds * 1e6), kind.count) for kind in kinds] == [("while", 50, 1), ("dot", 50, 2)]
+    device = [
+        named("process_name", 2, "/device:GPU:0"),
+        named("thread_name", 2, "Stream #13(Compute)", 1),
+        named("thread_name", 2, "XLA Ops", 2),
+        did("gemm_fusion_dot_4", 2, 1, 1000, 40),
+        did("gemm_fusion_dot_12", 2, 1, 1060, 40),
+        did("gemm_fusion_dot_4", 2, 2, 1000, 40, hlo_op="gemm_fusion_dot_4"),
+    ]
+    whole, kinds = profiles.summed(host + device)
+    assert whole == 100e-6
+    assert kinds == [profiles.Kind("gemm_fusion_dot", 80e-6, 2)]

@@ -10,7 +10,6 @@ import machine
 import numpy as np
 
 from jmemserve.kernels import BACKENDS, Moves, Ragged, attention_backend, block_moves, fold_of, own_products
-from jmemserve.kernels import pages as by_xla
 from jmemserve.kernels.choice import Need, why_not
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kernels.rule import Rule
@@ -133,12 +132,10 @@ def _products(setting: Setting) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 
 def _moves(setting: Setting, heads: Heads, block: int) -> Iterator[tuple[str, Callable[[], Row]]]:
-    ways = {"xla": by_xla}
-    if (best := block_moves(jax.devices()[:1])) is not by_xla:
-        ways["cpu"] = best
+    ways = block_moves(jax.sharding.Mesh(jax.devices()[:1], ("model",)))
     for count in setting.moves:
         for way in ("gather", "scatter"):
-            for by, moves in ways.items():
+            for by, moves in reversed(ways.items()):
                 run = functools.partial(_move, setting, heads, block, count, way, by, moves)
                 yield f"{by}, {way} {count} blocks of {block}, {heads.name}", run
 

@@ -1,6 +1,6 @@
 """The engine with pages of all layers together or one array per layer: time to a first token, and of a decode step."""
 
-from engine import Driver
+from engine_parts.driver import Driver
 from pool_parts.rows import Part, Row, median
 
 from jmemserve.config import BlockLayout, EngineConfig, LoadFormat, Warmup

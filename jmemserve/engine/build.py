@@ -161,6 +161,9 @@ def build(
     with report.phase(f"{spec.name}: KV pool ({num_blocks:,} blocks, {num_blocks * engine.block_size:,} tokens)"):
         store = make_store(layout, num_blocks, mesh)
         jax.block_until_ready(store.pages)
+    for name, reason in store.moved_by.refused:
+        report.line(f"    moves of blocks: not {name}: {reason}")
+    report.line(f"    moves of blocks: {store.moved_by.name}")
     arena, dram_blocks = None, int(engine.host_memory_gb * (1 << 30)) // layout.bytes_per_block
     if engine.host_memory_gb and dram_blocks < 1:
         raise ConfigError(
@@ -173,8 +176,10 @@ def build(
         f"    room for {num_blocks * engine.block_size / max_model_len:.1f} sequences of {max_model_len:,} tokens, "
         f"{num_blocks * layout.bytes_per_block / 1e6:,.0f} MB"
     )
-    # XLA's bfloat16 product with a single column is five times slower on CPU than with two, one of them padding.
-    slow_alone = dtype == "bfloat16" and attention != "cpu" and jax.default_backend() == "cpu"
+    # A single column is slower than two, one of them padding: XLA's bfloat16 product on CPU takes five times as long,
+    # and for a GPU XLA makes a third more kernels.
+    platform = mesh.devices.flat[0].platform
+    slow_alone = platform == "gpu" or (platform == "cpu" and dtype == "bfloat16" and attention != "cpu")
     fewest_rows = 2 if slow_alone and engine.max_num_seqs > 1 else 1
 
     def shapes_of(role: Role) -> tuple[StepShape, ...]:

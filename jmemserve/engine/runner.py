@@ -26,7 +26,7 @@ from jmemserve.kernels import attention_backend, own_products
 from jmemserve.kernels.pages import page_axes
 from jmemserve.kernels.rule import Rule
 from jmemserve.kvpool.store import PageStore
-from jmemserve.models.ops import Ops, project
+from jmemserve.models.ops import HINTS, Ops, project
 from jmemserve.scheduler.plan import Plan, StepShape
 from jmemserve.types import MAX_STOP_IDS, TokenLogprobs
 
@@ -194,7 +194,7 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str, rows: i
         tokens, ragged, from_last = unpack(ints, shape, width)
         ends = jnp.maximum(ragged.starts[1:] - 1, 0)
         at = jnp.where(from_last >= 0, ends, shape.tokens)
-        tokens = tokens.at[at].set(last[jnp.maximum(from_last, 0)], mode="drop")
+        tokens = tokens.at[at].set(last[jnp.maximum(from_last, 0)], mode="drop", unique_indices=True)
 
         def attend(pages, layer: int, q, k, v, rule: Rule):
             def local(pages, q, k, v, ragged):
@@ -208,12 +208,11 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str, rows: i
             return sharded(pages, q, k, v, ragged)
 
         model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
-        mix = mix_of(mesh, model.config)
-        if products is None:
-            ops, of_rows = Ops(attend, mix=mix, used=ragged.starts[-1]), project
-        else:
-            every = functools.partial(products, used=ragged.starts[-1])
-            ops = Ops(attend, every, products, mix, ragged.starts[-1])
+        hints = HINTS.get(mesh.devices.flat[0].platform, {})
+        ops, of_rows = Ops(attend, mix=mix_of(mesh, model.config), used=ragged.starts[-1], **hints), project
+        if products is not None:
+            own = functools.partial(products, used=ragged.starts[-1])
+            ops = dataclasses.replace(ops, project=own, project_first=products)
             of_rows = functools.partial(products, used=jnp.sum(ragged.context > 0, dtype=jnp.int32))
         hidden, pages = model(tokens, ragged.positions, pages, ops)
         logits = model.logits(hidden[:, ends], of_rows)

@@ -17,10 +17,11 @@ tokens are written there.
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
+from jax.sharding import Mesh
 
 from jmemserve.kernels.pages import Pages
 from jmemserve.kernels.rule import Rule
@@ -111,11 +112,25 @@ class Moves(Protocol):
     def scatter_part(self, pages: jax.Array, indices: jax.Array, blocks: jax.Array, *part: jax.Array) -> jax.Array: ...
 
 
-def block_moves(devices: Sequence[jax.Device]) -> Moves:
-    """The fastest there is for pages on these devices: on one CPU the C++ library, if it was built, otherwise XLA."""
-    from jmemserve.kernels import pages
-    from jmemserve.kernels.cpu import library, moves
+def block_moves(mesh: Mesh) -> dict[str, Moves]:
+    """What can move blocks of pages on a mesh with an axis "model", the fastest first; XLA, the last, can everywhere.
 
-    if len(devices) == 1 and devices[0].platform == "cpu" and library.is_there():
-        return moves
-    return pages
+    On one CPU that is the C++ library, if it was built; on GPUs from Hopper on, of one process, a kernel.
+    """
+    from jmemserve.kernels import pages
+
+    found: dict[str, Moves] = {}
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu" and mesh.size == 1:
+        from jmemserve.kernels.cpu import library, moves
+
+        if library.is_there():
+            found["cpu"] = moves
+    elif device.platform == "gpu" and not mesh.is_multi_process:
+        from jmemserve.kernels import mosaic_mma
+        from jmemserve.kernels.mosaic_gpu import moves as by_tma
+        from jmemserve.kernels.on_mesh import OnMesh
+
+        if mosaic_mma.DEVICES.search(device.device_kind):
+            found["mosaic_gpu"] = OnMesh(by_tma, mesh) if mesh.size > 1 else by_tma
+    return found | {"xla": pages}

@@ -69,48 +69,58 @@ def write_kv(pages: Pages, layer: int, slots: jax.Array, k: jax.Array, v: jax.Ar
     """Put k and v ([T, K, H]) of one layer into their slots (i32[T]). In place when ``pages`` is donated."""
     _, size = page_sizes(pages)
     page, offset = slots // size, slots % size
+    kv = jnp.stack((k, v), 1).astype(jax.tree.leaves(pages)[0].dtype)  # T 2 K H
+    # Only tokens of padding share a slot, and nobody reads that one. XLA would write what may be shared atomically.
+    how: dict = {"unique_indices": True, "mode": "promise_in_bounds"}
     if isinstance(pages, tuple):
-        own = pages[layer].at[page, 0, :, offset].set(k.astype(pages[layer].dtype))
-        own = own.at[page, 1, :, offset].set(v.astype(own.dtype))
+        own = pages[layer].at[page, :, :, offset].set(kv, **how)
         return (*pages[:layer], own, *pages[layer + 1 :])
-    pages = pages.at[page, layer, 0, :, offset].set(k.astype(pages.dtype))
-    return pages.at[page, layer, 1, :, offset].set(v.astype(pages.dtype))
+    return pages.at[page, layer, :, :, offset].set(kv, **how)
+
+
+# Blocks are moved at numbers that are in the pages, and no two are put into one page but page 0, where either may stay.
+# XLA is told so: on GPUs it would else write numbers of 16 bits one by one, by compare-and-swap.
 
 
 def gather_blocks(pages: Pages, indices: jax.Array, fold: int = 1) -> jax.Array:
     """Copy blocks out: indices i32[n] -> [n, L, 2, K, C, H]."""
     if isinstance(pages, tuple):
-        return _unfolded(jnp.stack([own[indices] for own in pages], 1), fold)
-    return _unfolded(pages[indices], fold)
+        return _unfolded(jnp.stack([_taken(own, indices) for own in pages], 1), fold)
+    return _unfolded(_taken(pages, indices), fold)
 
 
 def scatter_blocks(pages: Pages, indices: jax.Array, blocks: jax.Array) -> Pages:
     """Copy blocks in; in place when ``pages`` is donated."""
     if isinstance(pages, tuple):
-        return tuple(own.at[indices].set(_like(own, blocks[:, layer])) for layer, own in enumerate(pages))
-    return pages.at[indices].set(_like(pages, blocks))
+        return tuple(_put(own, blocks[:, layer], indices) for layer, own in enumerate(pages))
+    return _put(pages, blocks, indices)
 
 
 def gather_part(pages: jax.Array, indices: jax.Array, *part: jax.Array, fold: int = 1) -> jax.Array:
     """Copy one layer's keys or values out: [n, K, C, H]. ``part``: (layer, half) of aggregated pages, (half,) of a
     layer's own."""
-    return _unfolded(pages[indices, *part], fold)
+    return _unfolded(_taken(pages, indices, *part), fold)
 
 
 def scatter_part(pages: jax.Array, indices: jax.Array, blocks: jax.Array, *part: jax.Array) -> jax.Array:
     """Copy one layer's keys or values in; in place when ``pages`` is donated."""
-    return pages.at[indices, *part].set(_like(pages, blocks))
+    return _put(pages, blocks, indices, *part)
+
+
+def _taken(pages: jax.Array, *place: jax.Array) -> jax.Array:
+    return pages.at[place].get(mode="promise_in_bounds")
+
+
+def _put(pages: jax.Array, blocks: jax.Array, *place: jax.Array) -> jax.Array:
+    """Blocks [..., C, H], folded as the pages are."""
+    folded = blocks.reshape(*blocks.shape[:-2], *pages.shape[-2:])
+    return pages.at[place].set(folded, mode="promise_in_bounds", unique_indices=True)
 
 
 def _unfolded(blocks: jax.Array, fold: int) -> jax.Array:
     """[..., C/F, F * H] -> [..., C, H]."""
     *lead, rows, lanes = blocks.shape
     return blocks.reshape(*lead, rows * fold, lanes // fold)
-
-
-def _like(pages: jax.Array, blocks: jax.Array) -> jax.Array:
-    """Blocks [..., C, H] folded as the pages are."""
-    return blocks.reshape(*blocks.shape[:-2], *pages.shape[-2:])
 
 
 # -- checksums ---------------------------------------------------------------------------------------------------------

@@ -7,22 +7,24 @@ the pages; dispatch order is enough, so every call but ``checksums`` comes from 
     SpanningStore    devices of several processes, which all make the same calls; see ``engine/replay.py``
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xxhash
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jmemserve.kernels import block_moves
 from jmemserve.kernels import pages as layouts
+from jmemserve.kernels.choice import Choice
 from jmemserve.kernels.pages import PageLayout, Pages
 
 PIECES = (1, 4, 16, 64)  # blocks per gather or scatter: few sizes, compiled once
 PIECE_BYTES = 32 << 20  # a piece of several blocks is at most so large
+TRUSTED = ("cpu", "xla")  # moves that are not tried out
 
 
 class PageStore:
@@ -31,7 +33,8 @@ class PageStore:
     A *piece* is [n, L, 2, K, C, H] with n of ``sizes``; a *part* of it, [n, K, C, H], is one layer's keys or values.
     """
 
-    def __init__(self, layout: PageLayout, num_blocks: int, mesh: Mesh):
+    def __init__(self, layout: PageLayout, num_blocks: int, mesh: Mesh, moved_by: str | None = None):
+        """``moved_by``: which of ``block_moves``; None: the first that works."""
         self.layout = layout
         self.num_blocks = num_blocks
         self.sizes = tuple(size for size in PIECES if size == 1 or size * layout.bytes_per_block <= PIECE_BYTES)
@@ -39,10 +42,12 @@ class PageStore:
         self._split, self._split_part = piece_shardings(mesh)  # of what is written into the pages
         self.piece_mesh = mesh  # where others see pieces and parts, so sharded:
         self.sharding, self.part_sharding = self._split, self._split_part
+        # Before the pages fill the memory.
+        self.moved_by = choose_moves(layout, mesh) if moved_by is None else Choice(moved_by)
+        self._moves = block_moves(mesh)[self.moved_by.name]
         self.pages: Pages = jax.jit(lambda: layout.zeros(num_blocks + 1), out_shardings=self.pages_sharding)()
         everywhere = NamedSharding(mesh, P())
         self._put = lambda numbers: self.place(np.asarray(numbers, np.int32), everywhere)
-        self._moves = block_moves(tuple(mesh.devices.flat))
         self._make_gathers(self.sharding, self.part_sharding)
         self._scatter = jax.jit(self._moves.scatter_blocks, donate_argnums=0, out_shardings=self.pages_sharding)
         self._scatter_part = jax.jit(self._moves.scatter_part, donate_argnums=0, out_shardings=self.pages_sharding)
@@ -116,6 +121,8 @@ class PageStore:
         collectives may be called beside the steps.
         """
         if self._on_cpu:
+            import xxhash  # here alone: an accelerator's host needs none to serve by itself
+
             bytes_of = (np.ascontiguousarray(block).view(np.uint8).data for block in np.asarray(blocks))
             return np.array([xxhash.xxh3_64_intdigest(block) & 0xFFFFFFFF for block in bytes_of], np.uint32)
         if isinstance(blocks, np.ndarray):
@@ -197,3 +204,34 @@ def piece_shardings(mesh: Mesh) -> tuple[NamedSharding, NamedSharding]:
 def make_store(layout: PageLayout, num_blocks: int, mesh: Mesh) -> PageStore:
     """The store for this mesh. Of a mesh of several processes each must make its own."""
     return (SpanningStore if mesh.is_multi_process else PageStore)(layout, num_blocks, mesh)
+
+
+def choose_moves(layout: PageLayout, mesh: Mesh) -> Choice:
+    """Whose moves a store takes: the first of ``block_moves`` that does what XLA does, and why none before it."""
+    refused: list[tuple[str, str]] = []
+    for name in block_moves(mesh):
+        if name in TRUSTED or (reason := _what_fails(name, layout, mesh)) is None:
+            return Choice(name, tuple(refused))
+        refused.append((name, reason))
+    raise AssertionError("XLA moves blocks everywhere")
+
+
+def _what_fails(name: str, layout: PageLayout, mesh: Mesh) -> str | None:
+    """Of a few moves on the devices of the mesh, in a few words; None: nothing."""
+    try:
+        found, right = (_moved(PageStore(layout, 4, mesh, by)) for by in (name, "xla"))
+    except Exception as error:  # on a device that nobody has tried a compiler may raise anything
+        return str(error).partition("\n")[0] or type(error).__name__
+    return None if found == right else f"it moves blocks wrongly (jax {jax.__version__})"
+
+
+def _moved(store: PageStore) -> list[bytes]:
+    """What comes out of a store of four blocks, and what is in it, after moves of every kind."""
+    size, last = max(size for size in store.sizes if size <= 4), store.layout.num_layers - 1
+    numbers = list(range(size, 0, -1))
+    shape = size, *store.layout.page_shape
+    piece = (np.arange(math.prod(shape)) % 251).astype(jnp.dtype(store.layout.dtype)).reshape(shape)
+    store.scatter(numbers, piece)
+    part = store.gather_part(numbers, last, 1)
+    store.scatter_part(numbers[::-1], 0, 0, part)
+    return [np.asarray(array).tobytes() for array in (part, store.gather(numbers), *jax.tree.leaves(store.pages))]

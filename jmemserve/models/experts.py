@@ -70,11 +70,11 @@ def by_pairs(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) ->
 def all_at_once(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:
     """Good up to SPAN tokens."""
     each = jnp.arange(gate_up.values.shape[0])[:, None, None]
-    share = jnp.sum(jnp.where(routes.chosen[None] == each, routes.share[None], 0), axis=-1)[:, None]  # E 1 T
+    share = jnp.sum(jnp.where(routes.chosen[None] == each, routes.share[None], 0), axis=-1)  # E T
     both = gate_up.columns(x)
     # Zero where nobody asked: it might be too large for the type.
-    inner = jnp.where(share > 0, jax.nn.silu(both[:, :, 0]) * both[:, :, 1], 0)
-    return jnp.sum(down.columns(inner) * share, axis=0)
+    inner = jnp.where(share[:, None] > 0, jax.nn.silu(both[:, :, 0]) * both[:, :, 1], 0)
+    return jnp.sum(down.rows(inner) * share[..., None], axis=0).T
 
 
 def in_rounds(gate_up: Matrices, down: Matrices, x: jax.Array, routes: Routes) -> jax.Array:

@@ -23,6 +23,7 @@ from jmemserve.models.orbax_io import has_orbax, restore_orbax
 from jmemserve.models.quantized import quantize
 
 Progress = Callable[[int, int], None]  # (bytes so far, bytes in all)
+REPEATS = 4_194_301  # numbers after which a dummy begins again: a prime, so that no two rows are equal
 Model = tuple[nnx.GraphDef, nnx.State]
 
 
@@ -73,8 +74,9 @@ def init_dummy(config: ModelConfig, dtype: str, mesh: Mesh, seed: int, progress:
         if weight.init is None:
             whole = np.ones(weight.shape, np.float32)
         else:
-            whole = weight.init(np.random.default_rng((seed, zlib.crc32(path.encode()))), weight.shape)
-        whole = whole.astype(jnp.dtype(weight.dtype or dtype))
+            rng = np.random.default_rng((seed, zlib.crc32(path.encode())))
+            whole = weight.init(rng, (min(math.prod(weight.shape), REPEATS),))  # all would take minutes
+        whole = np.resize(whole.astype(jnp.dtype(weight.dtype or dtype)), weight.shape)
         return jax.make_array_from_callback(weight.shape, sharding, lambda index: whole[index])
 
     return build(config, dtype, mesh, make, progress)

@@ -9,6 +9,7 @@ import pytest
 from attention_cases import Rows, Sizes, check, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 
 from jmemserve.kernels import Ragged, block_moves, cpu, pages
 from jmemserve.kernels.choice import Need, why_not
@@ -210,4 +211,5 @@ def test_a_block_outside_of_the_pages_is_an_error() -> None:
 
 
 def test_one_cpu_moves_blocks_by_the_library_and_several_do_not() -> None:
-    assert block_moves(jax.devices()[:1]) is moves and block_moves(jax.devices()[:2]) is pages
+    one, two = (block_moves(Mesh(jax.devices()[:count], ("model",))) for count in (1, 2))
+    assert one == {"cpu": moves, "xla": pages} and list(one) == ["cpu", "xla"] and two == {"xla": pages}

@@ -1,4 +1,4 @@
-"""On a real GPU: attention as it is chosen there, and the tokens of an engine with it. Run with `make test-gpu`."""
+"""On a real GPU: attention and moves of blocks as they are chosen there, tokens of an engine. By `make test-gpu`."""
 
 from pathlib import Path
 
@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from attention_cases import Rows, Sizes, check, make_case
 from engine_driver import Driver, tiny_model
+from jax.sharding import Mesh
 
 from jmemserve.config import AttentionBackend
-from jmemserve.kernels import attention_backend
-from jmemserve.kernels.choice import PREFERRED, Need, why_not
+from jmemserve.kernels import attention_backend, block_moves
+from jmemserve.kernels.choice import PREFERRED, Choice, Need, why_not
+from jmemserve.kernels.pages import PageLayout
+from jmemserve.kvpool.store import PageStore
 from jmemserve.types import SamplingParams
 
 pytestmark = [
@@ -35,19 +38,33 @@ def backend(name: str, sizes: Sizes):
 
 
 @pytest.mark.parametrize("name", PREFERRED["gpu"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("heads", [LLAMA, QWEN, WIDE], ids=["llama", "qwen", "wide"])
-@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize(
+    "heads, block, dtype",
+    [  # each block and type with heads of each kind that matters to it: all of them would take half an hour
+        (LLAMA, 16, "bfloat16"),
+        (LLAMA, 64, "float16"),
+        (LLAMA, 256, "bfloat16"),
+        (QWEN, 16, "float16"),
+        (QWEN, 32, "bfloat16"),
+        (QWEN, 128, "bfloat16"),
+        (WIDE, 16, "bfloat16"),
+        (WIDE, 128, "float16"),
+    ],
+)
 def test_mixed_and_single(name: str, heads: tuple[int, int, int], block: int, dtype: str) -> None:
     sizes = Sizes(*heads, 2, block, dtype)
     attend, close = backend(name, sizes), max(TOLERANCE[dtype], COARSE if name == "xla" else 0)
     singles = [(context, 1) for context, _ in MIXED]
-    for rows, rule in ((MIXED, sizes.rule(150)), (MIXED, sizes.rule()), (singles, sizes.rule(None, 20.0))):
+    for rows, rule, aggregated in (
+        (MIXED, sizes.rule(150), True),
+        (MIXED, sizes.rule(), False),
+        (singles, sizes.rule(None, 20.0), True),
+        (singles, sizes.rule(), False),
+    ):
         used = sum(new for _, new in rows)
         padding = 3 if rows is singles else 41
         case = make_case(0, rows, sizes, used + padding, len(rows) + 3)
-        for aggregated in (True, False):
-            check(attend, case, sizes, rule, None, aggregated, rtol=close, atol=close)
+        check(attend, case, sizes, rule, None, aggregated, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("name", PREFERRED["gpu"])
@@ -67,7 +84,7 @@ def test_sinks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PREFERRED["gpu"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_big_batches(name: str, seed: int) -> None:
     sizes = Sizes(*LLAMA, 2, 16, "bfloat16")
     rng = np.random.default_rng(seed)
@@ -121,3 +138,53 @@ def test_engine_gives_the_tokens_of_xla(name: str, tmp_path: Path) -> None:
                 best, second = sorted((score for _, score in xla.logprobs[place].top), reverse=True)[:2]
                 assert best - second < 0.05, f"tokens part at {place} by {best - second}"
                 break
+
+
+# -- moves of blocks ---------------------------------------------------------------------------------------------------
+
+
+def mesh_with_kernel(size: int | None = 1) -> Mesh:
+    """Of so many GPUs, or all of them."""
+    mesh = Mesh(jax.devices()[:size], ("model",))
+    if "mosaic_gpu" not in block_moves(mesh):
+        pytest.skip("blocks are moved by XLA here")
+    return mesh
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("aggregated", [True, False])
+@pytest.mark.parametrize("heads", [(8, 16, 128), (2, 64, 64), (1, 16, 16), (4, 128, 80), (8, 64, 256)])
+def test_blocks_are_moved_as_by_xla(heads: tuple[int, int, int], aggregated: bool, dtype: str) -> None:
+    mesh, layout = mesh_with_kernel(), PageLayout(5, *heads, dtype, aggregated)
+    assert PageStore(layout, 4, mesh).moved_by == Choice("mosaic_gpu")
+    stores, rng = [PageStore(layout, 80, mesh, by) for by in ("mosaic_gpu", "xla")], np.random.default_rng(0)
+    for turn in range(3):
+        for size in stores[0].sizes:
+            piece = rng.integers(-99, 100, (size, *layout.page_shape)).astype(jnp.dtype(dtype))
+            into, out = (1 + rng.permutation(80)[:size] for _ in range(2))
+            found = []
+            for store in stores:
+                store.scatter(into, piece)
+                blocks, part = store.gather(out), store.gather_part(into, 1 + turn, 1)
+                store.scatter_part(out, turn, 0, part)
+                found.append([np.asarray(array).tobytes() for array in (blocks, part)])
+            assert found[0] == found[1]
+    ours, xla = ([np.asarray(array).tobytes() for array in jax.tree.leaves(store.pages)] for store in stores)
+    assert ours == xla
+
+
+def test_each_gpu_moves_its_own_heads() -> None:
+    mesh = mesh_with_kernel(None)
+    assert PageStore(PageLayout(4, 2 * mesh.size, 16, 128, "bfloat16"), 4, mesh).moved_by == Choice("mosaic_gpu")
+
+
+@pytest.mark.parametrize("aggregated", [True, False])
+def test_pages_are_written_where_they_are(aggregated: bool) -> None:
+    mesh, layout = mesh_with_kernel(), PageLayout(4, 8, 16, 128, "bfloat16", aggregated)
+    held, numbers = layout.zeros(4000), jnp.arange(1, 17)
+    blocks = jnp.ones((16, *layout.page_shape), layout.dtype)
+    scatter = jax.jit(block_moves(mesh)["mosaic_gpu"].scatter_blocks, donate_argnums=0)
+    move = scatter.lower(held, numbers, blocks).compile()
+    where = [array.unsafe_buffer_pointer() for array in jax.tree.leaves(held)]
+    assert [array.unsafe_buffer_pointer() for array in jax.tree.leaves(move(held, numbers, blocks))] == where
+    assert move.memory_analysis().temp_size_in_bytes < 1 << 20

@@ -1,5 +1,7 @@
 """Pages in device memory and blocks in host memory: what was written is read, and nothing compiles later."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,10 @@ import pytest
 from jax.sharding import Mesh
 
 from jmemserve.engine.compiles import CompileCounter
+from jmemserve.kernels import pages
+from jmemserve.kernels.choice import Choice
 from jmemserve.kernels.pages import PageLayout, block_checksums, host_checksums
+from jmemserve.kvpool import store as store_module
 from jmemserve.kvpool.arena import ALIGNMENT, NumpyArena, PinnedArena, aligned_empty, make_arena
 from jmemserve.kvpool.store import PageStore
 
@@ -90,6 +95,33 @@ def test_pages(aggregated: bool, tp: int, fold: int) -> None:
     expected[[1, 0, 2, 3], 1, 0] = blocks[[3, 2, 0, 1], 1, 0]
     same(store.gather([4, 2, 9, 20]), expected)
     same(store.gather([1]), np.zeros_like(blocks[:1]))  # nobody else's page
+
+
+def raising(*args, **more):
+    raise NotImplementedError("this device is too old\nand more words")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tp, aggregated", [(1, True), (2, False)])
+def test_moves_that_fail_are_left_out(monkeypatch: pytest.MonkeyPatch, tp: int, aggregated: bool, dtype: str) -> None:
+    """What would be chosen raises on this device, or moves something wrong: the next one serves, and says why."""
+    wrong = {
+        "gather_blocks": lambda blocks, *more, **fold: pages.gather_blocks(blocks, *more, **fold)[::-1],
+        "scatter_blocks": lambda blocks, *more: blocks,
+        "gather_part": lambda blocks, *more, **fold: jnp.zeros_like(pages.gather_part(blocks, *more, **fold)),
+        "scatter_part": raising,
+    }
+    ways = {name: SimpleNamespace(**(vars(pages) | {name: function})) for name, function in wrong.items()}
+    monkeypatch.setattr(store_module, "block_moves", lambda mesh: ways | {"good": pages, "xla": pages})
+    layout = layout_of(dtype, aggregated)
+    chosen = PageStore(layout, 3, mesh_of(tp)).moved_by
+    assert chosen.name == "good" and [name for name, _ in chosen.refused] == list(wrong)
+    assert [reason.partition(" (")[0] for _, reason in chosen.refused] == [
+        *["it moves blocks wrongly"] * 3,
+        "this device is too old",
+    ]
+    monkeypatch.setattr(store_module, "block_moves", lambda mesh: {"cpu": ways["scatter_part"], "xla": pages})
+    assert PageStore(layout, 3, mesh_of(tp)).moved_by == Choice("cpu"), "these need no trial"
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 63, 85, 200])

@@ -11,6 +11,8 @@ and, for the kernels of other GPUs (``mosaic_ampere``) too,
     softmax.py   the softmax that goes over spans
     plan.py      what is known when a kernel is compiled
 
+Apart from attention, ``moves.py`` moves blocks, for Hopper GPUs and later ones.
+
 New keys and values are written before, by XLA's scatter, in place in donated pages: they are some kB per row and layer,
 and every thread block of the kernels may then read any page without waiting for another. Sinks are applied after, from
 the log of the sum of exponentials that the kernels hand out; window and soft cap are inside.

@@ -64,8 +64,8 @@ def attend_by(
     one_out, one_lse = one_token_rows(pool, grouped[first], kv, tables, jnp.where(single, ragged.context, 0))
     out, lse = many_token_rows(pool, grouped, kv, tables, ragged)
     target = jnp.where(single, first, num_tokens)
-    out = out.at[target].set(one_out.astype(out.dtype), mode="drop")
-    lse = lse.at[target].set(one_lse, mode="drop")
+    out = out.at[target].set(one_out.astype(out.dtype), mode="drop", unique_indices=True)
+    lse = lse.at[target].set(one_lse, mode="drop", unique_indices=True)
     return _finished(out, lse, sinks, q), pages
 
 

@@ -70,13 +70,15 @@ def stack(q: jax.Array, ragged: Ragged, tile: int) -> Stacked:
     padding = tiles * tile - tokens * group
     stacked = jnp.pad(q.transpose(1, 0, 2, 3).reshape(kv_heads, -1, head_dim), ((0, 0), (0, padding), (0, 0)))
     place = jnp.arange(tiles * tile) // group  # the token of every stacked row
-    owner = jnp.searchsorted(ragged.starts, place, side="right").astype(jnp.int32) - 1
+    # Compared with all at once: a binary search is a loop, which the host of a GPU has to drive.
+    owner = jnp.searchsorted(ragged.starts, place, side="right", method="compare_all").astype(jnp.int32) - 1
     positions = jnp.pad(ragged.positions, (0, 1))[jnp.minimum(place, tokens)]
     edges = jnp.arange(tiles) * tile
     used = ragged.starts[-1]
     begin = edges // group  # first token of each tile, and below the one after its last
     end = jnp.minimum((edges + tile - 1) // group + 1, used)
-    rows = jnp.searchsorted(ragged.starts, jnp.stack((begin, end - 1)), side="right").astype(jnp.int32) - 1
+    both = jnp.stack((begin, end - 1))
+    rows = jnp.searchsorted(ragged.starts, both, side="right", method="compare_all").astype(jnp.int32) - 1
     rows = jnp.stack((rows[0], jnp.where(begin < end, rows[1] + 1, rows[0])))
     return Stacked(stacked, owner, positions, rows, tiles)
 
