@@ -143,7 +143,7 @@ def test_a_mixture_is_few_kernels_and_copies_no_experts(
     rounds = shape.tokens > 256  # for which there are 256 columns of every expert
     assert step.memory_analysis().temp_size_in_bytes < (320 << 20 if rounds else smallest / 4)
     assert text.count(" while(") == LAYERS * rounds
-    assert len(launches(text)) < 32 * LAYERS + 25
+    assert len(launches(text)) < 36 * LAYERS + 25
     sums = [name for name in launches(text) if name in ("all-reduce", "all-reduce-start")]
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == len(sums), "none in a loop"
     assert len(sums) <= (2 * LAYERS + 4) * (devices - 1)
