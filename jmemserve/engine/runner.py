@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jmemserve.engine import sampling
 from jmemserve.engine.mesh import AXIS
+from jmemserve.engine.mixing import mix_of
 from jmemserve.engine.orders import Order, Orders, num_ints, unpack
 from jmemserve.kernels import attention_backend, own_products
 from jmemserve.kernels.pages import page_axes
@@ -207,7 +208,8 @@ def _make_step(graph: nnx.GraphDef, structure, mesh: Mesh, backend: str, rows: i
             return sharded(pages, q, k, v, ragged)
 
         model = nnx.merge(graph, jax.tree.unflatten(structure, leaves))
-        ops, of_rows = Ops(attend, **HINTS.get(mesh.devices.flat[0].platform, {})), project
+        hints = HINTS.get(mesh.devices.flat[0].platform, {})
+        ops, of_rows = Ops(attend, mix=mix_of(mesh, model.config), used=ragged.starts[-1], **hints), project
         if products is not None:
             own = functools.partial(products, used=ragged.starts[-1])
             ops = dataclasses.replace(ops, project=own, project_first=products)

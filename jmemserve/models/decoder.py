@@ -14,7 +14,8 @@ from flax import nnx
 
 from jmemserve.models.config import ModelConfig
 from jmemserve.models.describe import Weight, describe_layer, describe_top
-from jmemserve.models.moe import Matrices, mixture
+from jmemserve.models.experts import Matrices
+from jmemserve.models.moe import mixture
 from jmemserve.models.ops import Cache, Ops, Project, project
 from jmemserve.models.rope import RopeConfig
 

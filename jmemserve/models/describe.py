@@ -13,8 +13,8 @@ from jmemserve.errors import ConfigError
 from jmemserve.models.config import Experts, ModelConfig
 
 # Logical axis -> mesh axis. What is not here is on every device in full.
-MESH_AXES = {"kv_heads": "model", "ffn": "model", "vocab": "model"}
-MAY_REPLICATE = frozenset({"vocab"})  # sharded only where the size divides evenly
+MESH_AXES = {"kv_heads": "model", "ffn": "model", "vocab": "model", "experts": "model"}
+ONLY_EVENLY = frozenset({"vocab", "experts"})  # sharded only where the size divides evenly
 
 Index = tuple[slice, ...]
 
@@ -52,13 +52,18 @@ class Weight:
     dtype: str | None = None  # None: the model's
 
     def spec(self, sizes: dict[str, int]) -> tuple[str | None, ...]:
-        """Mesh axis per dimension for a mesh with these axis sizes. Raises ConfigError if it does not divide."""
+        """Mesh axis per dimension for a mesh with these axis sizes: each for the first dimension that may have it.
+
+        Raises ConfigError if it does not divide.
+        """
         out: list[str | None] = []
         for size, axis in zip(self.shape, self.axes, strict=True):
             mesh_axis = MESH_AXES.get(axis or "")
+            if mesh_axis in out:
+                mesh_axis = None
             parts = sizes.get(mesh_axis or "", 1)
-            if mesh_axis is not None and size % parts:
-                if axis not in MAY_REPLICATE:
+            if size % parts:
+                if axis not in ONLY_EVENLY:
                     raise ConfigError(
                         f"the model has {size} {axis}, which do not divide evenly over model={parts}; "
                         f"choose a size of the mesh axis that divides {size}"
@@ -185,7 +190,9 @@ def describe_layer(config: ModelConfig, index: int) -> dict[str, Weight]:
 
 
 def _experts(config: ModelConfig, experts: Experts, base: str) -> dict[str, Weight]:
-    """The router and every expert's inner and outer half; each device has its part of all experts."""
+    """The router and every expert's inner and outer half.
+
+    Each device has whole experts, or where their number does not divide evenly, its part of all."""
     d, f, e = config.hidden_size, config.expert_size, experts.count
     router, gate, up, down = (f"{base}.{name}.weight" for name in experts.names)
     every = slice(None)
@@ -196,7 +203,7 @@ def _experts(config: ModelConfig, experts: Experts, base: str) -> dict[str, Weig
     ]
     outer = [Source(down.format(expert), (d, f), (d, f), (expert, every, every)) for expert in range(e)]
     return {
-        "router": _plain(router, (e, d), ("experts", None)),
+        "router": _plain(router, (e, d), (None, None)),
         "experts_gate_up": Weight((e, f, 2, d), ("experts", "ffn", None, None), tuple(halves), _normal, inputs=1),
         "experts_down": Weight((e, d, f), ("experts", None, "ffn"), tuple(outer), _normal, inputs=1),
     }

@@ -1,4 +1,4 @@
-"""What a model leaves to others: how to attend, and how to multiply a weight with columns."""
+"""What a model leaves to others: how to attend, how to multiply a weight with columns, and how to mix experts."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,12 +9,15 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from jmemserve.kernels.rule import Rule
+from jmemserve.models.experts import Matrices, Routes
 
 Cache = TypeVar("Cache")
 # (cache, layer, q [T, N, H], k [T, K, H], v [T, K, H], rule) -> (out [T, N, H], cache)
 Attend = Callable[[Cache, int, jax.Array, jax.Array, jax.Array, Rule], tuple[jax.Array, Cache]]
 Project = Callable[[jax.Array, jax.Array], jax.Array]  # ([out, in], [in, T]) -> f32[out, T]
 ProjectFirst = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # the same, of the first so many (i32[]) columns
+# (gate_up [E, F, 2, D], down [E, D, F], x [D, T], routes) -> f32[D, T]
+Mix = Callable[[Matrices, Matrices, jax.Array, Routes], jax.Array]
 
 
 def project(weight: jax.Array, x: jax.Array) -> jax.Array:
@@ -50,6 +53,8 @@ class Ops:
     attend: Attend
     project: Project = project
     project_first: ProjectFirst = project_first
+    mix: Mix | None = None  # of experts; None: as CPUs do it (moe.py), with ``project_first``
+    used: jax.Array | None = None  # i32[]: tokens of the step, of which those behind are padding; None: all
     turned: Callable[[Any], Any] = lambda arrays: arrays
 
 

@@ -121,6 +121,34 @@ def test_two_devices_meet_twice_a_layer(tmp_path: Path) -> None:
     assert " all-gather(" not in text.split("\nENTRY")[1].split("logits")[0], "no weight and no page is gathered"
 
 
+MIXTURE = {  # Qwen3-30B-A3B
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+}
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("shape", [StepShape(2, 2), StepShape(64, 64), StepShape(2048, 64)], ids=str)
+def test_a_mixture_is_few_kernels_and_copies_no_experts(
+    tmp_path: Path, shape: StepShape, devices: int, kind: str | None
+) -> None:
+    config = model(tmp_path, "qwen3-8b", **MIXTURE)
+    step, _ = compile_step(config if kind is None else config.round_weights(kind), shape, devices)
+    text, smallest = step.as_text(), 128 * 2048 * 768 * (2 if kind is None else 1) // devices
+    rounds = shape.tokens > 256  # for which there are 256 columns of every expert
+    assert step.memory_analysis().temp_size_in_bytes < (320 << 20 if rounds else smallest / 4)
+    assert text.count(" while(") == LAYERS * rounds
+    assert len(launches(text)) < 36 * LAYERS + 25
+    sums = [name for name in launches(text) if name in ("all-reduce", "all-reduce-start")]
+    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == len(sums), "none in a loop"
+    assert len(sums) <= (2 * LAYERS + 4) * (devices - 1)
+
+
 # -- machine code ------------------------------------------------------------------------------------------------------
 
 LLAMA, LLAMA_2, SMALL, GEMMA, PHI = (8, 4, 128), (40, 1, 128), (2, 7, 64), (8, 2, 256), (32, 1, 96)
