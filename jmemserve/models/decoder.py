@@ -97,9 +97,9 @@ class Layer(nnx.Module):
         if c.qk_norm:
             own = jnp.concatenate((jnp.broadcast_to(self.q_norm[...], (group, heads)), self.k_norm[...][None]))
             qk = rms_norm(c, own[None, ..., None], qk, axis=2)
-        qk, v = ops.turned((rotate(qk, cos, sin), v))
-        q = qk[:, :group].transpose(3, 0, 1, 2).reshape(t, c.num_heads, heads)  # T N H
-        k, v = qk[:, group].transpose(2, 0, 1), v.transpose(2, 0, 1)  # T K H
+        q, k, v = ops.turned((rotate(qk[:, :group], cos, sin), rotate(qk[:, group:], cos, sin), v))
+        q = q.transpose(3, 0, 1, 2).reshape(t, c.num_heads, heads)  # T N H
+        k, v = k[:, 0].transpose(2, 0, 1), v.transpose(2, 0, 1)  # T K H
         out, cache = ops.attend(cache, self.index, q, k, v, c.rule(self.index))
         return self._product("out", out.reshape(t, -1).T, ops).astype(x.dtype), cache
 
