@@ -29,7 +29,7 @@ from jmemserve.engine.runner import Runner
 from jmemserve.engine.selftest import check_arithmetic
 from jmemserve.engine.world import smallest
 from jmemserve.errors import ConfigError
-from jmemserve.kernels import fold_of
+from jmemserve.kernels import fold_of, stored_head
 from jmemserve.kernels.choice import Need, choose
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool import BlockPool, Flags, Granularity
@@ -155,7 +155,10 @@ def build(
         jax.block_until_ready(jax.tree.leaves(state))
         bar.close()
     aggregated = engine.block_layout is BlockLayout.AGGREGATED
-    sizes = (config.num_layers, config.num_kv_heads, engine.block_size, config.head_dim)
+    head = stored_head(attention, config.head_dim)
+    if head != config.head_dim:
+        report.line(f"    heads of {config.head_dim} take {head} in the KV pool, as {attention} wants them")
+    sizes = (config.num_layers, config.num_kv_heads, engine.block_size, head)
     layout = PageLayout(*sizes, dtype, aggregated, fold_of(attention, config.head_dim))
     num_blocks, max_model_len = _pool_size(engine, config, layout, mesh, dtype)
     with report.phase(f"{spec.name}: KV pool ({num_blocks:,} blocks, {num_blocks * engine.block_size:,} tokens)"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmemserve.errors import ConfigError
-from jmemserve.kernels import Ragged, attention_backend, fold_of
+from jmemserve.kernels import Ragged, attention_backend, fold_of, stored_head
 from jmemserve.kernels.choice import Need
 from jmemserve.kernels.rule import Rule
 
@@ -53,8 +53,9 @@ def _error(
     with jax.default_device(device):
         ragged = Ragged(*(jnp.asarray(x) for x in (position, slots, tables, np.array(contexts, np.int32), starts)))
         given = (jnp.asarray(x) for x in (q.reshape(len(row), -1, need.head_dim), *kv[:, row, position]))
-        fold = fold_of(attention, need.head_dim)
-        pages = pages.reshape(*pages.shape[:-2], size // fold, need.head_dim * fold)
+        fold, stored = fold_of(attention, need.head_dim), stored_head(attention, need.head_dim)
+        pages = np.pad(pages, ((0, 0),) * 5 + ((0, stored - need.head_dim),))
+        pages = pages.reshape(*pages.shape[:-2], size // fold, stored * fold)
         laid = jnp.asarray(pages) if need.aggregated else (jnp.asarray(pages[:, 0]),)
         kernel = attention_backend(attention)
         run = jax.jit(lambda q, k, v, pages: kernel(q, k, v, pages, 0, ragged, rule)[0])

@@ -16,11 +16,13 @@ tokens are written there.
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jmemserve.kernels.pages import Pages
@@ -73,9 +75,24 @@ BACKENDS = {
 
 
 def attention_backend(name: str) -> Attention:
-    """The paged attention of that name. Raises KeyError for an unknown one."""
+    """The paged attention of that name, for heads of any size (``stored_head``). Raises KeyError for an unknown one."""
     function: Attention = importlib.import_module(BACKENDS[name]).attend
-    return function
+
+    @functools.wraps(function)
+    def attend(q, k, v, *rest, **more):
+        head = q.shape[-1]
+        if lacking := stored_head(name, head) - head:
+            q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, lacking))) for x in (q, k, v))
+        out, pages = function(q, k, v, *rest, **more)
+        return out[..., :head], pages
+
+    return attend
+
+
+def stored_head(name: str, head_dim: int) -> int:
+    """What a head takes in the pages, as the attention of that name wants it; what is more than the head is zeros."""
+    stored: Callable[[int], int] | None = getattr(importlib.import_module(BACKENDS[name]), "stored_head", None)
+    return head_dim if stored is None else stored(head_dim)
 
 
 class Products(Protocol):
@@ -100,7 +117,7 @@ def pair_tile(name: str) -> int:
 def fold_of(name: str, head_dim: int) -> int:
     """Tokens of a block side by side in a row of the pages, as the attention of that name wants it (``pages.py``)."""
     fold: Callable[[int], int] | None = getattr(importlib.import_module(BACKENDS[name]), "fold", None)
-    return 1 if fold is None else fold(head_dim)
+    return 1 if fold is None else fold(stored_head(name, head_dim))
 
 
 class Moves(Protocol):

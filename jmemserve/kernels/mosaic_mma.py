@@ -12,9 +12,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.choice import Need
-from jmemserve.kernels.mosaic_ampere import attend_by_mma, too_much
+from jmemserve.kernels.mosaic_ampere import attend_by_mma, stored_head, too_much
 from jmemserve.kernels.pages import Pages
 from jmemserve.kernels.rule import Rule
+
+__all__ = ["attend", "stored_head", "why_not"]
 
 # As JAX names those of compute capability 9, 10 and 12.
 DEVICES = re.compile(r"\b(G?H(20|[12]00|800)|G?B[123]00|GB10|GeForce RTX 50\d0|Blackwell)\b")

@@ -42,9 +42,11 @@ class Case:
     rows: Rows
     keys: list[np.ndarray]  # of each row: [2, context, K, H] in float64, as the pages hold them
 
-    def pages_of(self, aggregated: bool, fold: int = 1):
+    def pages_of(self, aggregated: bool, fold: int = 1, stored: int = 0):
         *lead, size, head = self.pages.shape
-        pages = self.pages.reshape(*lead, size // fold, head * fold)
+        stored = stored or head
+        pages = jnp.pad(self.pages, [(0, 0)] * (len(lead) + 1) + [(0, stored - head)])
+        pages = pages.reshape(*lead, size // fold, stored * fold)
         return pages if aggregated else tuple(pages[:, layer] for layer in range(pages.shape[1]))
 
     @property
@@ -120,20 +122,23 @@ def check(
     rtol: float = 2e-5,
     atol: float = 2e-6,
     fold: int = 1,
+    stored: int = 0,
 ) -> None:
     """Run a backend's ``attend`` on a case: outputs close to float64, new keys and values exactly where they belong,
-    nothing else in the pages touched, and padding finite."""
+    nothing else in the pages touched, and padding finite. ``stored``: what a head takes in the pages, if it is more."""
 
     @jax.jit
     def call(q, k, v, pages, ragged, sinks):
         return attend(q, k, v, pages, case.layer, ragged, rule, sinks)
 
     given = None if sinks is None else jnp.asarray(sinks)
-    out, pages = call(case.q, case.k, case.v, case.pages_of(aggregated, fold), case.ragged, given)
+    out, pages = call(case.q, case.k, case.v, case.pages_of(aggregated, fold, stored), case.ragged, given)
     got = np.asarray(out).astype(np.float64)
     np.testing.assert_allclose(got[: case.used], expected(case, sizes, rule, sinks), rtol=rtol, atol=atol)
     assert np.isfinite(got).all(), "tokens of padding must be finite"
-    whole = np.asarray(pages if aggregated else jnp.stack(pages, 1)).reshape(case.pages.shape)
+    whole = np.asarray(pages if aggregated else jnp.stack(pages, 1)).reshape(*case.pages.shape[:-1], -1)
+    assert not whole[1:, ..., sizes.head :].any(), "what is more than a head stays zero"
+    whole = np.ascontiguousarray(whole[..., : sizes.head])
     size, wanted = sizes.block, np.asarray(case.pages).copy()
     slots = np.asarray(case.ragged.slots)[: case.used]
     for half, new in enumerate((case.k, case.v)):

@@ -235,7 +235,6 @@ def test_what_it_cannot_serve_is_refused() -> None:
     others = [
         {"platform": "cpu"},
         {"dtype": "float32"},
-        {"head_dim": 80},
         {"head_dim": 288},
         {"block_size": 8},
         {"block_size": 48},

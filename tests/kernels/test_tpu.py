@@ -198,7 +198,6 @@ def test_other_head_dims_are_served(head_dim: int, block: int) -> None:
     [
         {"platform": "gpu"},
         {"dtype": "float16"},
-        {"head_dim": 80},
         {"block_size": 24},
         {"head_dim": 64, "block_size": 8},
     ],

@@ -22,7 +22,7 @@ from jmemserve.kernels.choice import Need
 from jmemserve.kernels.mosaic_ampere.decode import one_token_rows
 from jmemserve.kernels.mosaic_ampere.prefill import many_token_rows
 from jmemserve.kernels.mosaic_ampere.tiles import Plan
-from jmemserve.kernels.mosaic_gpu.plan import Pool, wrong_pages
+from jmemserve.kernels.mosaic_gpu.plan import Pool, next_of, wrong_pages
 from jmemserve.kernels.mosaic_gpu.step import attend_by
 from jmemserve.kernels.pages import Pages
 from jmemserve.kernels.rule import Rule
@@ -37,6 +37,11 @@ TILE = 64  # query rows of a thread block where rows have several tokens, and be
 PREFILL_SPAN = 32
 
 
+def stored_head(head_dim: int) -> int:
+    """See ``kernels.stored_head``."""
+    return next_of(HEADS, head_dim)
+
+
 def why_not(need: Need) -> str | None:
     """What keeps the kernels from serving this, in a few words; None: nothing."""
     if need.platform != "gpu":
@@ -48,8 +53,8 @@ def why_not(need: Need) -> str | None:
 
 def too_much(need: Need) -> str | None:
     """What of a model the kernels cannot serve on any GPU, in a few words; None: nothing."""
-    if need.head_dim not in HEADS:
-        return f"its tiles hold multiples of 32 up to 256, not a head dim of {need.head_dim}"
+    if need.head_dim > HEADS[-1]:
+        return f"its tiles hold heads of up to {HEADS[-1]}, not of {need.head_dim}"
     if need.group > DECODE_ROWS:
         return f"its tile has {DECODE_ROWS} query rows for a kv head, not {need.group}"
     return wrong_pages(need)

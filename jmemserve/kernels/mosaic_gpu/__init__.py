@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.choice import Need
 from jmemserve.kernels.mosaic_gpu.decode import one_token_rows
-from jmemserve.kernels.mosaic_gpu.plan import Pool, wrong_pages
+from jmemserve.kernels.mosaic_gpu.plan import Pool, next_of, wrong_pages
 from jmemserve.kernels.mosaic_gpu.prefill import many_token_rows
 from jmemserve.kernels.mosaic_gpu.step import attend_by
 from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan
@@ -65,14 +65,19 @@ class Tiles:
         return Plan(**vars(pool), span=span, slots=self.prefill_slots, warpgroups=2)
 
 
+def stored_head(head_dim: int) -> int:
+    """See ``kernels.stored_head``."""
+    return next_of(HEADS, head_dim)
+
+
 def why_not(need: Need) -> str | None:
     """What keeps the kernels from serving this, in a few words; None: nothing."""
     if need.platform != "gpu":
         return "it is for GPUs"
     if not DEVICES.search(need.device_kind):
         return f"it is written for Hopper's wgmma, which a {need.device_kind!r} is not known to have"
-    if need.head_dim not in HEADS:
-        return f"its tiles hold multiples of 16, above 128 of 32, up to 256, not a head dim of {need.head_dim}"
+    if need.head_dim > HEADS[-1]:
+        return f"its tiles hold heads of up to {HEADS[-1]}, not of {need.head_dim}"
     if need.group > ROWS:
         return f"its tile has {ROWS} query rows for a kv head, not {need.group}"
     return wrong_pages(need)

@@ -22,6 +22,11 @@ def wrong_pages(need: Need) -> str | None:
     return None
 
 
+def next_of(heads: tuple[int, ...], head_dim: int) -> int:
+    """The smallest of these head dims that holds a head; itself if none does."""
+    return next((held for held in heads if held >= head_dim), head_dim)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pool:
     """Where the keys and values of a layer are, and what is asked of them."""

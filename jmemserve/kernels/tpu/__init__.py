@@ -14,7 +14,14 @@ from jmemserve.kernels.tpu.kernel import Interpret, attend_pages
 from jmemserve.kernels.tpu.work import LANES, SUBLANES, TILE, packing
 from jmemserve.kernels.tpu.write import write_pages
 
-__all__ = ["TILE", "attend", "why_not"]
+__all__ = ["TILE", "attend", "fold", "stored_head", "why_not"]
+
+
+def stored_head(head_dim: int) -> int:
+    """See ``kernels.stored_head``: a part of a register's lanes, or as many registers as it takes."""
+    if head_dim >= LANES:
+        return -(-head_dim // LANES) * LANES
+    return 1 << (head_dim - 1).bit_length()
 
 
 def fold(head_dim: int) -> int:
@@ -32,9 +39,7 @@ def why_not(need: Need) -> str | None:
         return "it is for TPUs"
     if need.dtype not in ("float32", "bfloat16"):
         return f"it has float32 and bfloat16, not {need.dtype}"
-    if need.head_dim % LANES and LANES % need.head_dim:
-        return f"head_dim {need.head_dim} is neither a multiple nor a part of {LANES}, the lanes of a register"
-    rows, rest = divmod(need.block_size, fold(need.head_dim))
+    rows, rest = divmod(need.block_size, fold(stored_head(need.head_dim)))
     if rest or (rows != SUBLANES and rows % packing(need.dtype)):
         return f"a {need.dtype} block of {need.block_size} tokens of head_dim {need.head_dim} does not fill registers"
     return None
