@@ -23,7 +23,7 @@ from jmemserve.kernels.mosaic_ampere.decode import one_token_rows
 from jmemserve.kernels.mosaic_ampere.prefill import many_token_rows
 from jmemserve.kernels.mosaic_ampere.tiles import Plan
 from jmemserve.kernels.mosaic_gpu.plan import Pool, next_of, wrong_pages
-from jmemserve.kernels.mosaic_gpu.step import attend_by
+from jmemserve.kernels.mosaic_gpu.step import Keys, attend_by
 from jmemserve.kernels.pages import Pages
 from jmemserve.kernels.rule import Rule
 
@@ -101,11 +101,11 @@ def _keys(span: int, pool: Pool) -> int:
     return span if pool.head <= WIDE else span // 2
 
 
-def _ones(barriers: bool, pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
+def _ones(barriers: bool, pool: Pool, q: jax.Array, keys: Keys, context: jax.Array):
     plan = Plan(**vars(pool), span=_keys(DECODE_SPAN, pool), slots=2, query_rows=DECODE_ROWS, barriers=barriers)
-    return one_token_rows(plan, q, kv, tables, context)
+    return one_token_rows(plan, q, keys, context)
 
 
-def _many(barriers: bool, pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged):
+def _many(barriers: bool, pool: Pool, q: jax.Array, keys: Keys, ragged: Ragged):
     plan = Plan(**vars(pool), span=_keys(PREFILL_SPAN, pool), slots=2, query_rows=TILE, barriers=barriers)
-    return many_token_rows(plan, q, kv, tables, ragged, 2)
+    return many_token_rows(plan, q, keys, ragged)

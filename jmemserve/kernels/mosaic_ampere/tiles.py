@@ -55,12 +55,13 @@ class Plan(Tiling):
         return [spans, spans, self.swizzled(self.rows, self.span), *barriers(self, 2 * self.copies, self.slots)]
 
 
-def attend_spans(plan: Plan, ring, tables, kv, row, head, queries, limit, low, high, first, plain, last, state):
+def attend_spans(plan: Plan, ring, tables, kv, row, within, queries, limit, low, high, first, plain, last, state):
     """``queries`` ([rows, H] in shared memory) over spans ``first`` to ``last`` of a row of the batch.
 
-    tables: i32[B, W] and kv: [pages and all in them, C, H], both in global memory. limit: i32[rows], the last place
-    that each query sees, -1 for none; before span ``plain`` all see everything. low, high: outside of them nobody in
-    the thread block sees a key, and memory may hold anything, even NaN. -> the new state (see ``nothing_yet``).
+    tables: i32[B, W] and kv: [pages and all in them, C, H], both in global memory; within: see ``Tiling.places``.
+    limit: i32[rows], the last place that each query sees, -1 for none; before span ``plain`` all see everything. low,
+    high: outside of them nobody in the thread block sees a key, and memory may hold anything, even NaN.
+    -> the new state (see ``nothing_yet``).
     """
     keys, values, weights_held, *full = ring
     length = min(plan.size, plan.span)
@@ -69,7 +70,7 @@ def attend_spans(plan: Plan, ring, tables, kv, row, head, queries, limit, low, h
     def ask_for(chunk):
         slot = lax.rem(chunk, jnp.int32(plan.slots))
         arrived = [barrier.at[slot] for barrier in full]
-        part, places = plan.places(tables, row, head, chunk)
+        part, places = plan.places(tables, row, within, chunk)
         for number, place in enumerate(places):
             here = pl.ds(number * length, length)
             copy(kv.at[place, part], keys.at[slot, here], arrived)

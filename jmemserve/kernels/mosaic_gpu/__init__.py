@@ -31,7 +31,7 @@ from jmemserve.kernels.choice import Need
 from jmemserve.kernels.mosaic_gpu.decode import one_token_rows
 from jmemserve.kernels.mosaic_gpu.plan import Pool, next_of, wrong_pages
 from jmemserve.kernels.mosaic_gpu.prefill import many_token_rows
-from jmemserve.kernels.mosaic_gpu.step import attend_by
+from jmemserve.kernels.mosaic_gpu.step import Keys, attend_by
 from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan
 from jmemserve.kernels.pages import Pages
 from jmemserve.kernels.rule import Rule
@@ -99,10 +99,10 @@ def attend(
     """See ``jmemserve.kernels.Attention``. ``interpret``: run the kernels on CPU, to see what they compute."""
     longest = max(tiles.decode_span, tiles.prefill_span)
 
-    def ones(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array):
-        return one_token_rows(tiles.ones(pool), q, kv, tables, context, tiles.decode_blocks)
+    def ones(pool: Pool, q: jax.Array, keys: Keys, context: jax.Array):
+        return one_token_rows(tiles.ones(pool), q, keys, context, blocks=tiles.decode_blocks)
 
-    def many(pool: Pool, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged):
-        return many_token_rows(tiles.many(pool), q, kv, tables, ragged, least=2)
+    def many(pool: Pool, q: jax.Array, keys: Keys, ragged: Ragged):
+        return many_token_rows(tiles.many(pool), q, keys, ragged)
 
     return attend_by(ones, many, longest, q, k, v, pages, layer, ragged, rule, sinks, interpret)

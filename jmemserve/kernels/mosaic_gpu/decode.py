@@ -5,6 +5,8 @@ per byte of keys the tile is still bound by memory. A long row is cut into split
 fill the GPU, and a second small step brings them together.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,12 +16,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmemserve.kernels.mosaic_gpu.call import launch
 from jmemserve.kernels.mosaic_gpu.plan import COLUMNS
 from jmemserve.kernels.mosaic_gpu.softmax import finish, nothing_yet
+from jmemserve.kernels.mosaic_gpu.step import Keys
 from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan, attend_spans, copy_spans, wait_for_last
 from jmemserve.kernels.mosaic_gpu.work import combine, spans_of_split, splits_of
 
 
-def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, context: jax.Array, blocks: int):
-    """q: [B, K, G, H], tables: i32[B, W] in whole spans, context: i32[B], 0 for rows to skip.
+@functools.partial(jax.jit, static_argnames=("plan", "blocks"))  # traced once for all layers
+def one_token_rows(plan: Plan, q: jax.Array, keys: Keys, context: jax.Array, blocks: int):
+    """q: [B, K, G, H], context: i32[B], 0 for rows to skip.
 
     ``blocks``: thread blocks that fill the GPU.
 
@@ -28,19 +32,21 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
     rows, kv_heads, group, _ = q.shape
     padded = -(-group // 8) * 8  # swizzled memory is copied eight rows at a time
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
-    spans = tables.shape[1] * plan.size // plan.span
+    spans = keys.tables.shape[1] * plan.size // plan.span
     splits = splits_of(rows, kv_heads, spans, blocks)
     out_dtype = plan.dtype if splits == 1 else jnp.dtype(jnp.float32)
 
-    def kernel(q_ref, kv_ref, tables_ref, context_ref, out_ref, lse_ref, q_smem, out_smem, lse_smem, q_full, *ring):
+    def kernel(
+        q_ref, kv_ref, tables_ref, offset_ref, context_ref, out_ref, lse_ref, q_smem, out_smem, lse_smem, q_full, *ring
+    ):
         row, head, split = (lax.axis_index(name) for name in ("row", "head", "split"))
-        context = context_ref[row]
+        context, within = context_ref[row], offset_ref[0] + head
         low, first, plain, last = spans_of_split(plan, context, split, splits)
         worker = lax.axis_index("warpgroup")
 
         @pl.when(worker == 1)
         def copying():
-            step = copy_spans(plan, ring, tables_ref, kv_ref, row, head, first, last, jnp.int32(0))
+            step = copy_spans(plan, ring, tables_ref, kv_ref, row, within, first, last, jnp.int32(0))
             wait_for_last(plan, ring, step)
 
         @pl.when(worker == 0)
@@ -80,5 +86,5 @@ def one_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, c
             *plan.ring(),
         ],
         grid={"row": rows, "head": kv_heads, "split": splits},
-    )(q, kv, tables, context)
+    )(q, *keys, context)
     return combine(out[..., :group, :], lse[..., :group])

@@ -36,7 +36,6 @@ class Pool:
     head: int
     size: int  # tokens of a page
     page_stride: int  # from a page to the next, in units of [C, H]
-    layer_offset: int  # of the layer's keys of head 0, in the same units
     value_offset: int  # from keys to values, in the same units
     interpret: plgpu.InterpretGPUParams | None
 
@@ -68,10 +67,10 @@ class Tiling(Pool):
         """Copies, of keys or of values, that fill a span."""
         return max(1, self.span // self.size)
 
-    def places(self, tables, row, head, chunk):
+    def places(self, tables, row, within, chunk):
         """-> (the part of every page, where it begins in units of [C, H]) that make up span ``chunk`` of a row's keys.
 
-        tables: i32[B, W] in global memory.
+        tables: i32[B, W] in global memory; within: of a page, where the layer's keys of the head are.
         """
         if self.size <= self.span:
             part = pl.ds(0, self.size)
@@ -81,4 +80,4 @@ class Tiling(Pool):
             part = pl.ds(lax.rem(chunk, parts) * self.span, self.span)
             columns = [lax.div(chunk, parts)]
         # All of the table's entries before the first copy, so that their latencies overlap.
-        return part, [tables[row, column] * self.page_stride + self.layer_offset + head for column in columns]
+        return part, [tables[row, column] * self.page_stride + within for column in columns]

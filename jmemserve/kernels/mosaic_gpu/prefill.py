@@ -5,6 +5,8 @@ is cut into tiles at fixed places, so that tiles need no gathering and no masks 
 parts of several rows goes over the keys of one after another; the queries of the others see nothing meanwhile.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,12 +16,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.mosaic_gpu.call import launch
 from jmemserve.kernels.mosaic_gpu.softmax import finish, nothing_yet
+from jmemserve.kernels.mosaic_gpu.step import Keys
 from jmemserve.kernels.mosaic_gpu.tiles import ROWS, Plan, attend_spans, copy_spans, wait_for_last
 from jmemserve.kernels.mosaic_gpu.work import part_of, stack, unstack
 
 
-def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, ragged: Ragged, least: int):
-    """q: [T, K, G, H], tables: i32[B, W] in whole spans; rows with fewer than ``least`` new tokens are skipped.
+@functools.partial(jax.jit, static_argnames="plan")  # traced once for all layers
+def many_token_rows(plan: Plan, q: jax.Array, keys: Keys, ragged: Ragged):
+    """q: [T, K, G, H]; rows with fewer than two new tokens are skipped.
 
     -> (q's type [T, K, G, H], log2 of the sum of exponentials f32[T, K, G])
     """
@@ -28,17 +32,19 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
     stacked = stack(q, ragged, tile)
 
     def kernel(
-        q_ref, kv_ref, tables_ref, context_ref, starts_ref, rows_ref, owner_ref, positions_ref, out_ref, lse_ref,
+        q_ref, kv_ref, tables_ref, offset_ref, context_ref, starts_ref, rows_ref, owner_ref, positions_ref,
+        out_ref, lse_ref,
         q_smem, lse_smem, owner_smem, positions_smem, q_full, *ring,
     ):  # fmt: skip
         # The last tiles, which have most to look at, begin first.
         number, head = stacked.tiles - 1 - lax.axis_index("tile"), lax.axis_index("head")
+        within = offset_ref[0] + head
         worker = lax.axis_index("warpgroup")
         first_token = lax.div(number * tile, jnp.int32(group))
         after_token = lax.div(number * tile + (tile - 1), jnp.int32(group)) + 1
 
         def part(row):
-            return part_of(plan, context_ref, starts_ref, row, first_token, after_token, least)
+            return part_of(plan, context_ref, starts_ref, row, first_token, after_token, least=2)
 
         @pl.when(worker == plan.warpgroups)
         def copying():
@@ -46,7 +52,7 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
 
             def one_row(row, step):
                 _, _, first, _, last = part(row)
-                return copy_spans(plan, ring, tables_ref, kv_ref, row, head, first, last, step)
+                return copy_spans(plan, ring, tables_ref, kv_ref, row, within, first, last, step)
 
             step = lax.fori_loop(rows_ref[0, number], rows_ref[1, number], one_row, jnp.int32(0))
             wait_for_last(plan, ring, step)
@@ -101,5 +107,5 @@ def many_token_rows(plan: Plan, q: jax.Array, kv: jax.Array, tables: jax.Array, 
             *plan.ring(),
         ],
         grid={"tile": stacked.tiles, "head": kv_heads},
-    )(stacked.queries, kv, tables, ragged.context, ragged.starts, stacked.rows, stacked.owner, stacked.positions)
+    )(stacked.queries, *keys, ragged.context, ragged.starts, stacked.rows, stacked.owner, stacked.positions)
     return unstack(out, lse, tokens, group)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,16 @@ from jmemserve.kernels.mosaic_gpu.plan import Pool
 from jmemserve.kernels.pages import Pages, page_sizes, write_kv
 from jmemserve.kernels.rule import Rule
 
-OneTokenRows = Callable[[Pool, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-ManyTokenRows = Callable[[Pool, jax.Array, jax.Array, jax.Array, Ragged], tuple[jax.Array, jax.Array]]
+OneTokenRows = Callable[[Pool, jax.Array, "Keys", jax.Array], tuple[jax.Array, jax.Array]]
+ManyTokenRows = Callable[[Pool, jax.Array, "Keys", Ragged], tuple[jax.Array, jax.Array]]
+
+
+class Keys(NamedTuple):
+    """Of one layer, and its values."""
+
+    kv: jax.Array  # [pages and all in them, C, H]
+    tables: jax.Array  # i32[B, W] in whole spans
+    offset: jax.Array  # i32[1] where the layer begins in a page, in units of [C, H]: so that layers share a kernel
 
 
 def attend_by(
@@ -32,10 +41,9 @@ def attend_by(
 ) -> tuple[jax.Array, Pages]:
     """See ``jmemserve.kernels.Attention``.
 
-    one_token_rows: (pool, q [B, K, G, H], kv [pages and all in them, C, H], tables i32[B, W], context i32[B], 0 for
-    rows to skip) -> ([B, K, G, H], log2 of the sum of exponentials f32[B, K, G]); many_token_rows: (pool,
-    q [T, K, G, H], kv, tables, ragged) -> the same with T, anything for tokens of rows with one. ``longest``: keys of
-    their longest span, of which the tables that they get hold a whole number.
+    one_token_rows: (pool, q [B, K, G, H], keys, context i32[B], 0 for rows to skip) -> ([B, K, G, H], log2 of the sum
+    of exponentials f32[B, K, G]); many_token_rows: (pool, q [T, K, G, H], keys, ragged) -> the same with T, anything
+    for tokens of rows with one. ``longest``: keys of their longest span.
     """
     pages = write_kv(pages, layer, ragged.slots, k, v)
     num_tokens, num_heads, head_dim = q.shape
@@ -48,21 +56,23 @@ def attend_by(
         head=head_dim,
         size=size,
         page_stride=math.prod(own.shape[1:-2]),
-        layer_offset=0 if isinstance(pages, tuple) else layer * 2 * kv_heads,
         value_offset=kv_heads,
         interpret=interpret,
     )
-    kv = own.reshape(-1, size, head_dim)  # no copy: all but the last two axes are one
-    tables = jnp.pad(ragged.tables, ((0, 0), (0, -ragged.tables.shape[1] % max(1, longest // size))))
+    keys = Keys(
+        own.reshape(-1, size, head_dim),  # no copy: all but the last two axes are one
+        jnp.pad(ragged.tables, ((0, 0), (0, -ragged.tables.shape[1] % max(1, longest // size)))),
+        jnp.full(1, 0 if isinstance(pages, tuple) else layer * 2 * kv_heads, jnp.int32),
+    )
     grouped = q.astype(own.dtype).reshape(num_tokens, kv_heads, num_heads // kv_heads, head_dim)
     if num_tokens == num_rows:  # the shape of a step in which every row has one token
-        out, lse = one_token_rows(pool, grouped, kv, tables, ragged.context)
+        out, lse = one_token_rows(pool, grouped, keys, ragged.context)
         return _finished(out, lse, sinks, q), pages
     lengths = ragged.starts[1:] - ragged.starts[:-1]
     single = lengths == 1
     first = jnp.minimum(ragged.starts[:-1], num_tokens - 1)
-    one_out, one_lse = one_token_rows(pool, grouped[first], kv, tables, jnp.where(single, ragged.context, 0))
-    out, lse = many_token_rows(pool, grouped, kv, tables, ragged)
+    one_out, one_lse = one_token_rows(pool, grouped[first], keys, jnp.where(single, ragged.context, 0))
+    out, lse = many_token_rows(pool, grouped, keys, ragged)
     target = jnp.where(single, first, num_tokens)
     out = out.at[target].set(one_out.astype(out.dtype), mode="drop", unique_indices=True)
     lse = lse.at[target].set(one_lse, mode="drop", unique_indices=True)

@@ -52,10 +52,10 @@ class Plan(Tiling):
         return [spans, spans, full, full, done, plgpu.Barrier(num_arrivals=self.warpgroups), *weights]
 
 
-def copy_spans(plan: Plan, ring, tables, kv, row, head, first, last, step):
+def copy_spans(plan: Plan, ring, tables, kv, row, within, first, last, step):
     """The copying warpgroup's part: spans ``first`` to ``last`` of a row go through the ring; -> the next step.
 
-    tables: i32[B, W] and kv: [pages and all in them, C, H], both in global memory.
+    tables: i32[B, W] and kv: [pages and all in them, C, H], both in global memory; within: see ``Tiling.places``.
     """
     keys, values, k_full, v_full, done, *_ = ring
 
@@ -63,7 +63,7 @@ def copy_spans(plan: Plan, ring, tables, kv, row, head, first, last, step):
 
     def one_span(chunk, step):
         slot = lax.rem(step, jnp.int32(plan.slots))
-        part, places = plan.places(tables, row, head, chunk)  # before the wait, so that latencies overlap
+        part, places = plan.places(tables, row, within, chunk)  # before the wait, so that latencies overlap
 
         @pl.when(step >= plan.slots)
         def _():
