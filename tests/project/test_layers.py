@@ -15,6 +15,7 @@ GENERATED = ("_pb2.py", "_pb2_grpc.py")
 JIT_FILES = {
     *("engine/selftest.py", "engine/runner.py", "kvpool/arena.py", "kvpool/store.py", "models/quantized.py"),
     # Within a compiled step: all layers share one kernel, which is traced once.
+    "kernels/tpu/__init__.py",
     *(f"kernels/{gpu}/{part}.py" for gpu in ("mosaic_gpu", "mosaic_ampere") for part in ("decode", "prefill")),
 }
 

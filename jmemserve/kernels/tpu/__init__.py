@@ -4,7 +4,10 @@
 in HBM as they are; what is not in a row's context is neither read nor computed.
 """
 
+import functools
+
 import jax
+import jax.numpy as jnp
 
 from jmemserve.kernels import Ragged
 from jmemserve.kernels.choice import Need
@@ -62,7 +65,13 @@ def attend(
     Raises ValueError if the table of one row is larger than the scalar memory (131,072 pages).
     """
     own = pages[layer] if isinstance(pages, tuple) else pages
-    lead = () if isinstance(pages, tuple) else (layer,)  # what comes after the page's number in an address
-    own = write_pages(k, v, own, lead, ragged, interpret)
-    out = attend_pages(q, own, lead, ragged, rule, sinks, interpret)
+    # What comes after the page's number in an address.
+    lead = () if isinstance(pages, tuple) else (jnp.full(1, layer, jnp.int32),)
+    out, own = _one_layer(q, k, v, own, lead, ragged, rule, sinks, interpret)
     return out, (*pages[:layer], own, *pages[layer + 1 :]) if isinstance(pages, tuple) else own
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "interpret"))  # traced once for all layers
+def _one_layer(q, k, v, pages, lead, ragged: Ragged, rule: Rule, sinks, interpret: Interpret):
+    pages = write_pages(k, v, pages, lead, ragged, interpret)
+    return attend_pages(q, pages, lead, ragged, rule, sinks, interpret), pages

@@ -37,7 +37,7 @@ _UNROLLED = 8  # kv heads whose products may overlap, where each is small
 class _Plan:
     """The static part of a kernel."""
 
-    lead: tuple[int, ...]
+    lead: int  # numbers between a page's and 2 in an address
     rule: Rule
     group: int
     heads: int  # K': kv heads that are worked on together
@@ -58,13 +58,13 @@ class _Plan:
 def attend_pages(
     q: jax.Array,
     pages: jax.Array,
-    lead: tuple[int, ...],
+    lead: tuple[jax.Array, ...],
     ragged: Ragged,
     rule: Rule,
     sinks: jax.Array | None,
     interpret: Interpret,
 ) -> jax.Array:
-    """q: [T, N, H]; pages: [P, *lead, 2, K, C/F, F * H] -> [T, N, H]; zero for tokens of padding.
+    """q: [T, N, H]; pages: [P, *lead, 2, K, C/F, F * H] -> [T, N, H]; zero for tokens of padding. lead: i32[1] each.
 
     A kernel has the tables of its rows in scalar memory. All of a step's fit but with many rows of a long context; then
     a kernel for some rows follows the other. Raises ValueError if those of one row do not fit.
@@ -88,7 +88,7 @@ def attend_pages(
 def _attend_rows(
     q: jax.Array,
     pages: jax.Array,
-    lead: tuple[int, ...],
+    lead: tuple[jax.Array, ...],
     ragged: Ragged,
     sizes: Tiling,
     rule: Rule,
@@ -107,7 +107,7 @@ def _attend_rows(
     rows = sizes.tile * group
     heads = _heads_together(kv_heads, rows, per_span * rows_of_page, lanes, q.dtype.itemsize, pages.dtype.itemsize)
     tile, with_sinks = sizes.tile, sinks is not None
-    plan = _Plan(lead, rule, group, heads, sizes.align, tile, width, size, per_span, fold, head_dim, with_sinks)
+    plan = _Plan(len(lead), rule, group, heads, sizes.align, tile, width, size, per_span, fold, head_dim, with_sinks)
 
     grouped = jnp.tile(q, fold)[work.token].reshape(sizes.places, kv_heads, group, lanes)
     grouped = grouped.transpose(1, 0, 2, 3).reshape(kv_heads, sizes.places * group, lanes)
@@ -128,7 +128,7 @@ def _attend_rows(
         operands.append(jnp.broadcast_to(rows_of_sinks[..., None], (kv_heads, small, LANES)))
         specs.append(pl.BlockSpec((heads, small, LANES), lambda block, *_: (block, 0, 0)))
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
+        num_scalar_prefetch=2 + len(lead),
         grid=(kv_heads // heads,),
         in_specs=specs,
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
@@ -142,7 +142,7 @@ def _attend_rows(
         interpret=interpret,
         name="paged_attention",
     )
-    out = call(work.items, ragged.tables.reshape(-1), *operands)
+    out = call(work.items, ragged.tables.reshape(-1), *lead, *operands)
     out = out[..., :head_dim].reshape(kv_heads, sizes.places, group, head_dim)[:, work.place].transpose(1, 0, 2, 3)
     return out.reshape(q.shape)
 
@@ -154,10 +154,12 @@ def _heads_together(kv_heads: int, rows: int, span: int, lanes: int, q_bytes: in
     return max(n for n in range(1, most + 1) if kv_heads % n == 0)
 
 
-def _kernel(items, tables, queries, pages, *rest, plan: _Plan) -> None:
+def _kernel(items, tables, *rest, plan: _Plan) -> None:
     """items: see ``work.Work``; tables: i32[B * W]; queries and the result: [K, R * G, H] in HBM."""
-    sinks = rest[0] if plan.sinks else None
-    out, q_buffer, kv_buffer, out_buffer, mixed, top, mass, semaphores = rest[1:] if plan.sinks else rest
+    lead = [number[0] for number in rest[: plan.lead]]
+    queries, pages, *others = rest[plan.lead :]
+    sinks = others.pop(0) if plan.sinks else None
+    out, q_buffer, kv_buffer, out_buffer, mixed, top, mass, semaphores = others
     total = items[items.shape[0] - 1]
     first_head = pl.program_id(0) * plan.heads
     heads = pl.ds(first_head, plan.heads)
@@ -202,7 +204,7 @@ def _kernel(items, tables, queries, pages, *rest, plan: _Plan) -> None:
         row = items[4 * item] * plan.width + start
 
         def one(place, carry):
-            source = pages.at[(tables[row + place], *plan.lead, slice(None), heads)]
+            source = pages.at[(tables[row + place], *lead, slice(None), heads)]
             do(pltpu.make_async_copy(source, kv_buffer.at[slot, place], semaphores.at[slot]))
             return carry
 

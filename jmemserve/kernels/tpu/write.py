@@ -25,11 +25,14 @@ def write_pages(
     k: jax.Array,
     v: jax.Array,
     pages: jax.Array,
-    lead: tuple[int, ...],
+    lead: tuple[jax.Array, ...],
     ragged: Ragged,
     interpret: Interpret,
 ) -> jax.Array:
-    """k, v: [T, K, H]; pages: [P, *lead, 2, K, C/F, F * H] -> the same array with the new tokens in their slots."""
+    """k, v: [T, K, H]; pages: [P, *lead, 2, K, C/F, F * H] -> the same array with the new tokens in their slots.
+
+    lead: i32[1] each.
+    """
     num_tokens, num_rows, head_dim = k.shape[0], ragged.context.shape[0], k.shape[2]
     kv_heads, rows_of_page, lanes = pages.shape[-3:]
     fold = lanes // head_dim
@@ -52,7 +55,7 @@ def write_pages(
     new = new.transpose(0, 2, 3, 1, 4).reshape(most, 2, kv_heads, rows, lanes)
     shape = (_RING, 2, kv_heads, rows, lanes)
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
+        num_scalar_prefetch=1 + len(lead),
         grid=(1,),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
@@ -63,28 +66,30 @@ def write_pages(
         ],
     )
     call = pl.pallas_call(
-        functools.partial(_kernel, lead=lead, head_dim=head_dim),
+        functools.partial(_kernel, lead=len(lead), head_dim=head_dim),
         out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
         grid_spec=grid,
-        input_output_aliases={2: 0},
+        input_output_aliases={2 + len(lead): 0},
         compiler_params=pltpu.CompilerParams(has_side_effects=True),
         interpret=interpret,
         name="write_kv",
     )
-    return call(items, new, pages)
+    return call(items, *lead, new, pages)
 
 
-def _kernel(items, new, _, pages, fresh, mixed, semaphores, *, lead: tuple[int, ...], head_dim: int) -> None:
+def _kernel(items, *rest, lead: int, head_dim: int) -> None:
     """items: i32[4 * M + 1] in SMEM: page, chunk of it, first and end of the new tokens of each; at last how many.
 
     ``pages`` is the result, which is the operand.
     """
+    within = [number[0] for number in rest[:lead]]
+    new, _, pages, fresh, mixed, semaphores = rest[lead:]
     total = items[items.shape[0] - 1]
     rows, lanes = mixed.shape[-2:]
 
     def address(item):
         start = pl.multiple_of(items[4 * item + 1] * rows, rows)
-        return pages.at[(items[4 * item], *lead, slice(None), slice(None), pl.ds(start, rows))]
+        return pages.at[(items[4 * item], *within, slice(None), slice(None), pl.ds(start, rows))]
 
     def reads(item):
         slot = item % _RING
