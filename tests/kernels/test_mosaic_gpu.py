@@ -82,8 +82,10 @@ def test_sinks() -> None:
 # -- lowering ----------------------------------------------------------------------------------------------------------
 
 
-def lowered(tokens: int, rows: int, heads: tuple[int, int, int], size: int, dtype: str, width: int, **rule) -> str:
-    """The text of one layer's attention for an H100; heads: K, G, H."""
+def lowered(
+    tokens: int, rows: int, heads: tuple[int, int, int], size: int, dtype: str, width: int, layers: int = 1, **rule
+) -> str:
+    """The text of some layers' attention for an H100; heads: K, G, H."""
     kv_heads, group, head_dim = heads
     made = jax.ShapeDtypeStruct
 
@@ -92,10 +94,12 @@ def lowered(tokens: int, rows: int, heads: tuple[int, int, int], size: int, dtyp
 
     ragged = Ragged(ints(tokens), ints(tokens), ints(rows, width), ints(rows), ints(rows + 1))
     q, kv = made((tokens, kv_heads * group, head_dim), dtype), made((tokens, kv_heads, head_dim), dtype)
-    pages = made((1000, 2, 2, kv_heads, size, head_dim), dtype)
+    pages = made((1000, layers + 1, 2, kv_heads, size, head_dim), dtype)
 
     def layer(q, k, v, pages, ragged):
-        return mosaic_gpu.attend(q, k, v, pages, 1, ragged, Rule(head_dim**-0.5, **rule))
+        for number in range(1, layers + 1):
+            q, pages = mosaic_gpu.attend(q, k, v, pages, number, ragged, Rule(head_dim**-0.5, **rule))
+        return q, pages
 
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
@@ -112,6 +116,12 @@ GEMMA_2_9B, PHI_3, PHI_2, WIDE_HEADS = (8, 2, 256), (32, 1, 96), (32, 1, 80), (4
 def test_decode_lowers(heads: tuple[int, int, int], rows: int) -> None:
     text = lowered(rows, rows, heads, 16, "bfloat16", 512)
     assert text.count("custom_call @mosaic_gpu") == 1 and text.count("wgmma.mma_async") == 2
+
+
+def test_layers_share_their_kernels() -> None:
+    """Each costs half a second of tracing, and the first step as long again; two kinds of rows are two kernels."""
+    assert lowered(64, 64, LLAMA_3_8B, 16, "bfloat16", 512, layers=6).count("custom_call @mosaic_gpu") <= 2
+    assert lowered(512, 64, LLAMA_3_8B, 16, "bfloat16", 512, layers=6).count("custom_call @mosaic_gpu") <= 4
 
 
 @pytest.mark.parametrize("heads", [GEMMA_2_9B, PHI_3, PHI_2, WIDE_HEADS], ids=["gemma 2", "phi 3", "phi 2", "192"])
