@@ -69,9 +69,9 @@ proto: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(RUN) benchmarks/serve.py $(ARGS)
 
-# With what the machine has installed, if there is no environment: such machines often have no network.
+# PYTHON=, or the environment if its JAX finds an accelerator, or what the machine has installed: often there is no network.
 bench-gpu:
-	@exec tools/bench-gpu "$$(test -x $(RUN) && echo $(RUN) || echo "$${PYTHON:-python3}")" $(ARGS)
+	@exec tools/bench-gpu "$$PYTHON" $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -48,6 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(*args.prompts, *args.batches, args.context, args.new_tokens, args.repeats) < 1:
         parser.error("sizes and repeats must be at least 1")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
     try:
         measure(args)
     except ConfigError as error:
@@ -129,7 +131,10 @@ def measure(args: argparse.Namespace) -> None:
     show(rows)
     keep(args.output, results | {"repeats": len(rates)})
     if args.profile:
-        results["profiles"] = profiled(driver, args)
+        try:
+            results["profiles"] = profiled(driver, args)
+        except Exception as error:  # what follows is not to be lost by a profiler
+            print(f"no profiles: {type(error).__name__}: {error}")
     first: list[dict[str, object]] = []
     for medium in () if args.skip_cached else ("HBM", "DRAM"):
         keep(args.output, results | {"first_token": first})  # so much should the next fail

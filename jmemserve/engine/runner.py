@@ -30,7 +30,7 @@ from jmemserve.models.ops import HINTS, Ops, project
 from jmemserve.scheduler.plan import Plan, StepShape
 from jmemserve.types import MAX_STOP_IDS, TokenLogprobs
 
-BYTES_OF_TOKEN = 512 << 10  # of memory that a step may need for each of its tokens, whatever the model
+BYTES_OF_TOKEN = 256 << 10  # of memory that a step may need for each of its tokens, whatever the model
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from jmemserve.models.orbax_io import has_orbax, restore_orbax
 from jmemserve.models.quantized import quantize
 
 Progress = Callable[[int, int], None]  # (bytes so far, bytes in all)
-REPEATS = 4_194_301  # numbers after which a dummy begins again: a prime, so that no two rows are equal
+REPEATS = 1_048_573  # numbers after which dummies begin again: a prime, so that hardly two rows are equal
 Model = tuple[nnx.GraphDef, nnx.State]
 
 
@@ -68,15 +68,26 @@ def _unrounded(config: ModelConfig) -> ModelConfig:
 
 
 def init_dummy(config: ModelConfig, dtype: str, mesh: Mesh, seed: int, progress: Progress) -> Model:
-    """Small random weights that depend on the seed and the weight's path alone, not on the mesh."""
+    """Small random weights that depend on the seed and the weight's path alone, not on the mesh.
+
+    They are parts of one row of numbers that repeats itself: to draw or even to copy all would take a minute per 16 GB.
+    """
+    longest = max(math.prod(weight.shape) for weight in describe(config).values())
+    rows: dict[tuple, np.ndarray] = {}
+
+    def row(init: Callable, kind: np.dtype) -> np.ndarray:
+        if (init, kind) not in rows:
+            some = init(np.random.default_rng(seed), (REPEATS,)).astype(kind)
+            rows[init, kind] = np.resize(some, longest + REPEATS)
+        return rows[init, kind]
 
     def make(path: str, weight: Weight, sharding: NamedSharding) -> jax.Array:
+        kind = jnp.dtype(weight.dtype or dtype)
         if weight.init is None:
-            whole = np.ones(weight.shape, np.float32)
+            whole = np.ones(weight.shape, kind)
         else:
-            rng = np.random.default_rng((seed, zlib.crc32(path.encode())))
-            whole = weight.init(rng, (min(math.prod(weight.shape), REPEATS),))  # all would take minutes
-        whole = np.resize(whole.astype(jnp.dtype(weight.dtype or dtype)), weight.shape)
+            first = zlib.crc32(path.encode()) % REPEATS
+            whole = row(weight.init, kind)[first : first + math.prod(weight.shape)].reshape(weight.shape)
         return jax.make_array_from_callback(weight.shape, sharding, lambda index: whole[index])
 
     return build(config, dtype, mesh, make, progress)

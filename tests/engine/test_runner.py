@@ -19,6 +19,7 @@ from jmemserve.engine.runner import Runner
 from jmemserve.errors import ConfigError
 from jmemserve.kernels import choice
 from jmemserve.kernels.choice import Need
+from jmemserve.kernels.cpu import library
 from jmemserve.kernels.pages import PageLayout
 from jmemserve.kvpool.store import PageStore
 from jmemserve.models import load_config, weights
@@ -30,8 +31,11 @@ def mesh() -> Mesh:
     return make_mesh(parse_mesh("colocated")[0], 1)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "xla"])
 @pytest.mark.parametrize("aggregated", [True, False])
-def test_no_step_copies_the_pages(tmp_path, mesh: Mesh, aggregated: bool) -> None:
+def test_no_step_copies_the_pages(tmp_path, mesh: Mesh, aggregated: bool, backend: str) -> None:
+    if backend == "cpu" and not library.is_there():
+        pytest.skip("the C++ library was not built")
     folder = tiny_model(tmp_path)
     config = load_config(folder)
     graph, state = weights.load(folder, LoadFormat.DUMMY, config, "float32", mesh, 0, lambda done, total: None)
@@ -39,7 +43,8 @@ def test_no_step_copies_the_pages(tmp_path, mesh: Mesh, aggregated: bool) -> Non
     shapes = step_shapes(True, True, 4, 64)
     temporary = []
     for num_blocks in (200, 2000):  # what a step needs beside them must not grow with the pages
-        runner = Runner(graph, state, PageStore(layout, num_blocks, mesh), mesh, shapes, config.vocab_size, 256)
+        store = PageStore(layout, num_blocks, mesh)
+        runner = Runner(graph, state, store, mesh, shapes, config.vocab_size, 256, backend)
         for program in runner.programs():
             program()
         temporary.append({shape: step.memory_analysis().temp_size_in_bytes for shape, step in runner._steps.items()})
