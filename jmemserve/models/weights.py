@@ -74,6 +74,7 @@ def init_dummy(config: ModelConfig, dtype: str, mesh: Mesh, seed: int, progress:
     """
     longest = max(math.prod(weight.shape) for weight in describe(config).values())
     rows: dict[tuple, np.ndarray] = {}
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def row(init: Callable, kind: np.dtype) -> np.ndarray:
         if (init, kind) not in rows:
@@ -88,6 +89,8 @@ def init_dummy(config: ModelConfig, dtype: str, mesh: Mesh, seed: int, progress:
         else:
             first = zlib.crc32(path.encode()) % REPEATS
             whole = row(weight.init, kind)[first : first + math.prod(weight.shape)].reshape(weight.shape)
+        if on_cpu:  # where an array may be left where the numbers are, weights would share memory and caches
+            whole = whole.copy()
         return jax.make_array_from_callback(weight.shape, sharding, lambda index: whole[index])
 
     return build(config, dtype, mesh, make, progress)
