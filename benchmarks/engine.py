@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace) -> None:
         rows.append(("decode", batch, float(np.median(speeds)), most * batch, by))
     results = {
         **machine.about(),
-        "model": args.config,
+        "model": Path(args.config).name,
         "dtype": dtype,
         "quantization": config.quantized.kind if config.quantized else None,
         "attention": args.attention,
