@@ -48,9 +48,7 @@ class Tiles:
 
     decode_span: int = 64  # keys of one go where rows have one token
     decode_bytes: int = 128 << 10  # of keys and values that are on their way to a multiprocessor, at most
-    decode_blocks: int = (
-        132  # thread blocks that fill the GPU: registers and shared memory allow one per multiprocessor
-    )
+    decode_blocks: int = 132  # that fill the GPU: registers and shared memory allow one per multiprocessor
     prefill_span: int = 128  # keys of one go of a tile of queries
     prefill_slots: int = 2  # such goes that are on their way
 
